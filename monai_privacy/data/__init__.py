@@ -1,0 +1,26 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Drawing patients, and reading what hospitals have."""
+
+from __future__ import annotations
+
+from monai_privacy.data.loading import LogicalBatch, poisson_loader, units_of
+from monai_privacy.data.sampling import PoissonPatientSampler
+from monai_privacy.data.splits import split_patients
+
+__all__ = [
+    "LogicalBatch",
+    "PoissonPatientSampler",
+    "poisson_loader",
+    "split_patients",
+    "units_of",
+]

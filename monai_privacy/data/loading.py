@@ -1,0 +1,205 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The trainer's own loader, made of the user's: same dataset, transforms, workers and collation, another draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from monai.data import DistributedSampler, SmartCacheDataset, ThreadDataLoader
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
+
+from monai_privacy.data.sampling import PoissonPatientSampler
+
+PATIENT_KEY = "patient_id"
+
+
+class LogicalBatch(NamedTuple):
+    """One Poisson draw.
+
+    Args:
+        data: what the user's collate function made of it; None for an empty draw.
+        patient_index: (B,) the patient of each row, numbered within the draw.
+    """
+
+    data: Any
+    patient_index: Tensor
+
+
+def poisson_loader(
+    loader: DataLoader,
+    *,
+    sample_rate: float,
+    steps: int,
+    unit: str = "patient",
+    patient_key: str = PATIENT_KEY,
+    rank: int = 0,
+    world_size: int = 1,
+    insecure_seed: int | None = None,
+) -> DataLoader:
+    """A loader that yields :class:`LogicalBatch` from the dataset of ``loader``, drawn patient by patient.
+
+    The dataset, its transforms, the workers and the collate function are those of ``loader``; its batch size, shuffling
+    and ``drop_last`` give way to the Poisson draw.
+
+    Args:
+        loader: an ordinary ``torch`` or MONAI ``DataLoader`` or ``ThreadDataLoader`` over records (dictionaries).
+        sample_rate: probability with which each patient is drawn in a step.
+        steps: draws in one pass.
+        unit: "patient"; or "image" to let each record be its own unit.
+        patient_key: key of the patient's id in the records of ``dataset.data``, read before any transform.
+        rank: see :class:`PoissonPatientSampler`.
+        world_size: see :class:`PoissonPatientSampler`.
+        insecure_seed: see :class:`PoissonPatientSampler`.
+
+    Raises:
+        ValueError: for a loader whose draw cannot be replaced by a Poisson draw without changing what is trained on.
+    """
+    check_loader(loader)
+    units = units_of(loader.dataset, unit=unit, patient_key=patient_key)
+    sampler = PoissonPatientSampler(
+        units, sample_rate=sample_rate, steps=steps, rank=rank, world_size=world_size, insecure_seed=insecure_seed
+    )
+    # Not a ThreadDataLoader even where the user has one: it swallows an error in its thread and ends the epoch early.
+    return DataLoader(
+        _WithUnits(loader.dataset, units),
+        batch_sampler=sampler,
+        collate_fn=_CollateDraw(loader.collate_fn),
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def check_loader(loader: Any) -> None:
+    """Raise ValueError, with the reason and the remedy, for a loader that a Poisson draw cannot stand in for."""
+    if not isinstance(loader, DataLoader):
+        raise ValueError(
+            f"train_data_loader is a {type(loader).__name__}: the patients cannot be drawn from it. Give a torch or MONAI "
+            "DataLoader over a Dataset of records."
+        )
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"the dataset is a {type(dataset).__name__}, an iterable one: it has no rows to draw patients from. Use "
+            "Dataset, CacheDataset or PersistentDataset."
+        )
+    if isinstance(dataset, SmartCacheDataset):
+        raise ValueError(
+            "the dataset is a SmartCacheDataset: it shows only its cache, so patients would be drawn at another rate "
+            "than accounted. Use CacheDataset or PersistentDataset."
+        )
+    if isinstance(loader, ThreadDataLoader) and loader.repeats != 1:
+        raise ValueError(
+            f"ThreadDataLoader has repeats={loader.repeats}: each draw would be used {loader.repeats} times and "
+            "accounted once. Set repeats=1."
+        )
+    if type(loader.batch_sampler) is not BatchSampler:
+        raise ValueError(
+            f"the loader has a {type(loader.batch_sampler).__name__} as batch sampler: its draws are not the Poisson "
+            "draws that are accounted. Give a loader with a plain batch_size; the plan sets the expected batch size."
+        )
+    _check_sampler(loader.sampler)
+
+
+def _check_sampler(sampler: Any) -> None:
+    # monai.data.DistributedSampler and torch's only shard the dataset: the Poisson draw shards by itself.
+    is_plain = type(sampler) is SequentialSampler or isinstance(sampler, DistributedSampler)
+    is_shuffle = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
+    if not (is_plain or is_shuffle or type(sampler) is torch.utils.data.DistributedSampler):
+        raise ValueError(
+            f"the loader has a {type(sampler).__name__}: its draws are not the Poisson draws that are accounted, and "
+            "leaving it out would change what is trained on. Remove the sampler; weight the loss by fixed public class "
+            "weights, or choose the records beforehand."
+        )
+
+
+def units_of(dataset: Dataset, *, unit: str = "patient", patient_key: str = PATIENT_KEY) -> list[str]:
+    """The privacy unit of each row of ``dataset``: the untransformed ``patient_key`` of its records.
+
+    Raises:
+        ValueError: where the records cannot be seen, or one has no patient id and ``unit`` is "patient".
+    """
+    if unit == "image":
+        return [f"image-{row}" for row in range(len(dataset))]  # type: ignore[arg-type]
+    return [_patient_id(record, row, patient_key) for row, record in enumerate(_records_of(dataset))]
+
+
+def _records_of(dataset: Any) -> Sequence[Any]:
+    if isinstance(dataset, Subset):
+        records = _records_of(dataset.dataset)
+        return [records[index] for index in dataset.indices]
+    records = getattr(dataset, "data", None)
+    if not isinstance(records, Sequence) or len(records) != len(dataset):
+        raise ValueError(
+            f"{type(dataset).__name__} has no list of records in .data, one a row, so its patients are unknown. Use "
+            'monai.data.Dataset, CacheDataset or PersistentDataset, or ask for unit="image".'
+        )
+    return records
+
+
+def _patient_id(record: Any, row: int, patient_key: str) -> str:
+    value = record.get(patient_key) if isinstance(record, Mapping) else None
+    is_nan = isinstance(value, float) and math.isnan(value)
+    if value is None or is_nan or not str(value).strip():
+        raise ValueError(
+            f"record {row} has {patient_key}={value!r}: without a patient id the guarantee cannot be per patient. Add "
+            f'{patient_key} to every record of the datalist, or ask for unit="image".'
+        )
+    return str(value)
+
+
+class _WithUnits(Dataset):
+    """The user's dataset, each sample beside the number of its unit."""
+
+    def __init__(self, dataset: Any, units: Sequence[str]) -> None:
+        self.dataset = dataset
+        numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
+        self._units = torch.tensor([numbers[unit] for unit in units], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def __getitem__(self, row: int) -> tuple[int, Any]:
+        return int(self._units[row]), self.dataset[row]
+
+
+class _CollateDraw:
+    """The user's collation, with the unit of each row beside it; an empty draw never reaches it."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, drawn: list[tuple[int, Any]]) -> LogicalBatch:
+        # A multi-sample transform gives a list of crops for one record: all of them are the patient's.
+        rows = [unit for unit, sample in drawn for _ in range(len(sample) if isinstance(sample, list) else 1)]
+        if not rows:
+            return LogicalBatch(None, torch.zeros(0, dtype=torch.int64))
+        _, patient_index = torch.unique(torch.tensor(rows, dtype=torch.int64), return_inverse=True)
+        return LogicalBatch(self._collate([sample for _, sample in drawn]), patient_index)

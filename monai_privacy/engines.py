@@ -1,0 +1,440 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""MONAI's SupervisedTrainer with a patient-level privacy guarantee."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.engines.workflow import Workflow
+from monai.handlers import ValidationHandler
+from monai.utils import convert_to_tensor
+from monai.utils.enums import CommonKeys as Keys
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer
+from torch.utils.data import DataLoader
+
+from monai_privacy.accounting.ledger import PrivacyLedger
+from monai_privacy.accounting.values import PrivacyBudgetError
+from monai_privacy.data.loading import PATIENT_KEY, poisson_loader
+from monai_privacy.distributed import ProcessGroup
+from monai_privacy.mechanisms.clipping import clipped_gradient_sum
+from monai_privacy.mechanisms.losses import RowLoss
+from monai_privacy.mechanisms.noise import InsecureNoise, NoiseSource, SystemNoise
+from monai_privacy.mechanisms.probe import require_independent_rows
+from monai_privacy.networks import FoldedBatchNorm, find_updated_buffers, require_privately_trainable
+from monai_privacy.plan import DPSGDPlan
+
+_ENTRY = "ledger_entry"
+
+
+class DPSupervisedTrainer(SupervisedTrainer):
+    """Supervised training in which every step is differentially private, patient by patient.
+
+    One iteration is one Poisson draw of patients, one noised sum of their clipped gradients, one step of the user's own
+    optimizer and one line in the ledger, written before the noised gradient exists. All rows of a patient (images,
+    crops, views) make one gradient, their mean, clipped once. A draw may be empty: it is noised and recorded like any
+    other, and the network is not called. MONAI's iteration events fire once for each iteration; learning-rate
+    schedulers, checkpoints, validation and loggers work as they do with ``SupervisedTrainer``.
+
+    Checkpoints that hold the trainer (``save_dict={"trainer": trainer, ...}``) also hold the name of its ledger entry,
+    so that a resumed run continues the entry. Steps that are repeated after a crash are new releases and are charged.
+
+    Before each step the ledger is asked whether it fits the plan and the cohort's budget. When the next one would not,
+    the epoch ends there, with its validation, checkpoint and logs, and then the run.
+
+    Args:
+        device: see ``SupervisedTrainer``.
+        max_epochs: see ``SupervisedTrainer``; the plan's ``steps`` bound the run as well.
+        train_data_loader: an ordinary ``DataLoader`` over records with a patient id. Its dataset, transforms, workers
+            and collation are used; its batch size, shuffling and ``drop_last`` give way to the Poisson draw.
+        network: see ``SupervisedTrainer``; without batch norm (see ``convert_batch_norm``).
+        optimizer: any plain ``torch.optim`` optimizer over parameters of ``network``.
+        loss_function: see ``SupervisedTrainer``; it is called for each row.
+        plan: the privacy numbers, calibrated.
+        ledger: where each step is recorded before it is released.
+        max_physical_batch_size: most rows in one call of the network; does not change the result.
+        patient_key: key of the patient's id in the dataset's records.
+        release_train_statistics: let the training loss, predictions and training metrics leave without noise. They are
+            off otherwise: ``engine.state.output`` is empty, and ``key_train_metric`` is left out. The report says so.
+        assumptions: what your claim rests on besides, in words, for the report; for instance "the class weights in the
+            loss are public".
+        insecure_seed: repeatable draws and noise for debugging; the report then says "not private".
+        epoch_length: iterations in an epoch; ``plan.steps_per_epoch`` where None.
+        amp: bf16 autocast, without a gradient scaler: scaled gradients would all be clipped.
+        kwargs: the other arguments of ``SupervisedTrainer``, unchanged in meaning.
+
+    Raises:
+        ValueError: for whatever would void the guarantee, before training: batch norm, data that cannot be drawn by
+            patient, losses or networks that mix rows, ``accumulation_steps``, ``iteration_update``, ``DataParallel``.
+        PrivacyBudgetError: from ``run``, where not even one step fits.
+
+    Guarantee: the network after each step, and all of them together, are (``ledger.epsilon(delta)``, ``delta``)-DP under
+        adding or removing one patient.
+    Reference: Abadi et al. 2016, Algorithm 1; McMahan et al. 2018, Algorithm 1, with patients as users.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device,
+        max_epochs: int,
+        train_data_loader: Iterable | DataLoader,
+        network: nn.Module,
+        optimizer: Optimizer,
+        loss_function: Callable,
+        *,
+        plan: DPSGDPlan,
+        ledger: PrivacyLedger,
+        max_physical_batch_size: int | None = None,
+        patient_key: str = PATIENT_KEY,
+        release_train_statistics: bool = False,
+        assumptions: Sequence[str] = (),
+        insecure_seed: int | None = None,
+        epoch_length: int | None = None,
+        amp: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        _refuse_unsupported(network, optimizer, kwargs)
+        plain = network.module if isinstance(network, DistributedDataParallel) else network
+        require_privately_trainable(plain)
+        plan.step_event  # noqa: B018  an uncalibrated plan is refused here, not after the data was loaded
+        self.plan = plan
+        self.ledger = ledger
+        self._group = ProcessGroup.current()
+        loader = poisson_loader(
+            train_data_loader,  # type: ignore[arg-type]
+            sample_rate=plan.sample_rate,
+            steps=epoch_length or plan.steps_per_epoch,
+            unit=plan.unit,
+            patient_key=patient_key,
+            rank=self._group.rank,
+            world_size=self._group.size,
+            insecure_seed=insecure_seed,
+        )
+        handlers = kwargs.get("train_handlers")
+        if not release_train_statistics:
+            kwargs |= {"decollate": False, "postprocessing": None}
+            self._dropped = [key for key in ("key_train_metric", "additional_metrics") if kwargs.pop(key, None)]
+        super().__init__(
+            device,
+            max_epochs,
+            loader,
+            network,
+            optimizer,
+            loss_function,
+            epoch_length=epoch_length or plan.steps_per_epoch,
+            amp=amp,
+            **kwargs,
+        )
+        self._row_loss = RowLoss(loss_function)
+        self._noise: NoiseSource = SystemNoise() if insecure_seed is None else InsecureNoise(insecure_seed)
+        self._max_physical_batch_size = max_physical_batch_size
+        self._release_train_statistics = release_train_statistics
+        self._unnoised = _unnoised(handlers, release_train_statistics)
+        self._assumptions = (*_assumptions(plan, plain), *assumptions)
+        self._probed = False
+        self._stopping = False
+        setattr(self.state, _ENTRY, None)
+        self.state_dict_user_keys.append(_ENTRY)
+        self.add_event_handler(Events.EPOCH_STARTED, self._require_budget)
+        self.add_event_handler(Events.EPOCH_COMPLETED, self._end_run_if_stopping)
+        self._say_what_differs(getattr(self, "_dropped", []), loader)
+
+    @property
+    def ledger_entry(self) -> str | None:
+        """Name of this run's entry in the ledger; None before its first step."""
+        entry: str | None = getattr(self.state, _ENTRY)
+        return entry
+
+    def run(self) -> None:  # type: ignore[override]
+        """Train, continuing the ledger entry of a loaded checkpoint or beginning one.
+
+        Raises:
+            PrivacyBudgetError: where not even one step fits the plan and the budget; nothing is released.
+        """
+        # Not Trainer.run: it makes a gradient scaler for amp, and scaled gradients would all be clipped.
+        self.scaler = None
+        self._stopping = False
+        Workflow.run(self)
+
+    def _iteration(self, engine: SupervisedTrainer, batchdata: Any) -> Any:
+        """One Poisson draw: clip, sum, record, add noise, step; see the class."""
+        data, patient_index = batchdata
+        engine.state.batch = {} if data is None else data
+        engine.network.train()
+        engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
+        parameters = self._parameters()
+        statistics: list[dict[str, Tensor]] = []
+        if data is None:
+            sums = tuple(torch.zeros_like(p) for p in parameters)
+        else:
+            sums = self._clipped_sum(data, patient_index, parameters, statistics)
+        engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+        engine.fire_event(IterationEvents.LOSS_COMPLETED)
+        self._release(parameters, sums)
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        engine.optimizer.step()
+        engine.state.output = statistics[0] if statistics else _NO_STATISTICS
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        self._stop_if_next_step_does_not_fit()
+        return engine.state.output
+
+    def _clipped_sum(
+        self, data: Any, patient_index: Tensor, parameters: list[nn.Parameter], statistics: list[dict[str, Tensor]]
+    ) -> tuple[Tensor, ...]:
+        inputs, targets, args, kwargs = self._prepare(data, len(patient_index))
+        forward = self._forward(args, kwargs, len(patient_index))
+        if not self._probed:
+            self._probe(forward, inputs, targets)
+        predictions: list[tuple[Tensor, Any]] = []
+
+        def watched(rows_inputs: Tensor, rows: Tensor) -> Any:
+            outputs = forward(rows_inputs, rows)
+            if self._release_train_statistics:
+                predictions.append((rows, outputs.detach()))
+            return outputs
+
+        counts = torch.bincount(patient_index)
+        result = clipped_gradient_sum(
+            self._plain_network,
+            self._row_loss,
+            (inputs, targets),
+            patient_index,
+            self.plan.max_grad_norm,
+            parameters=parameters,
+            # A mean over a patient's own rows: how many images they have does not scale their gradient.
+            row_weights=(1.0 / counts[patient_index]).to(inputs.device),
+            max_physical_batch_size=self._max_physical_batch_size,
+            forward=watched,
+        )
+        if predictions:
+            statistics.append(_training_statistics(self._row_loss, inputs, targets, predictions))
+        return result.gradients
+
+    def _release(self, parameters: Sequence[nn.Parameter], sums: Sequence[Tensor]) -> None:
+        """Record the step, then give the parameters the noised mean gradient."""
+        # Recorded first: a crash after this line over-counts, never under-counts.
+        self._group.first_does(lambda: self.ledger.record_step(self.state.ledger_entry))
+        if self._group.is_first:
+            sums = self._noise.add_gaussian(sums, self.plan.noise_std)
+        for parameter, noised in zip(parameters, self._group.sum(sums), strict=True):
+            parameter.grad = noised / self.plan.expected_batch_size
+
+    def _prepare(self, data: Any, rows: int) -> tuple[Tensor, Tensor, tuple, dict]:
+        batch = self.prepare_batch(data, self.state.device, self.non_blocking, **self.to_kwargs)
+        inputs, targets, args, kwargs = (*batch, (), {}) if len(batch) == 2 else batch
+        if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+            raise ValueError(
+                f"prepare_batch gave {type(inputs).__name__} and {type(targets).__name__}: the rows of a patient can be "
+                "told apart only in tensors. Return tensors with one row for each image."
+            )
+        if not len(inputs) == len(targets) == rows:
+            raise ValueError(
+                f"the batch has {len(inputs)} inputs and {len(targets)} targets for {rows} samples: it is unknown which "
+                "rows are whose. Let the collate function keep one row for each sample or crop."
+            )
+        # Plain tensors: indexing metadata row by row costs more than a small network.
+        return (
+            convert_to_tensor(inputs, track_meta=False),
+            convert_to_tensor(targets, track_meta=False),
+            args,
+            kwargs,
+        )
+
+    def _forward(self, args: Any, kwargs: Any, rows_in_batch: int) -> Callable[[Tensor, Tensor], Any]:
+        autocast_kwargs = {"dtype": torch.bfloat16} | self.amp_kwargs
+
+        def forward(inputs: Tensor, rows: Tensor) -> Any:
+            chosen_args, chosen_kwargs = _rows_of((args, kwargs), rows, rows_in_batch)
+            with torch.autocast(self.state.device.type, enabled=self.amp, **autocast_kwargs):
+                outputs = self.inferer(inputs, self._plain_network, *chosen_args, **chosen_kwargs)
+            return outputs.float() if self.amp and isinstance(outputs, Tensor) else outputs
+
+        return forward
+
+    def _probe(self, forward: Callable[[Tensor, Tensor], Any], inputs: Tensor, targets: Tensor) -> None:
+        def row_losses(some_inputs: Tensor, some_targets: Tensor) -> Tensor:
+            first_rows = torch.zeros(len(some_inputs), dtype=torch.int64)
+            return self._row_loss(forward(some_inputs, first_rows), some_targets)
+
+        changed = find_updated_buffers(
+            self._plain_network, lambda: forward(torch.randn_like(inputs[:1]), torch.zeros(1, dtype=torch.int64))
+        )
+        if changed:
+            raise ValueError(
+                f"the network updates {', '.join(changed)} in its forward pass: what it learns there is never noised. "
+                "Replace the layer (convert_batch_norm does so for batch norm)."
+            )
+        require_independent_rows(row_losses, inputs, targets)
+        self._probed = True
+
+    @property
+    def _plain_network(self) -> nn.Module:
+        # Distributed wrappers would average gradients by themselves; the clipped sums are added up here.
+        network: nn.Module = self.network
+        return network.module if isinstance(network, DistributedDataParallel) else network  # type: ignore[return-value]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return [p for p in self._plain_network.parameters() if p.requires_grad and id(p) in held]
+
+    def _require_budget(self, engine: Engine) -> None:
+        """Begin or continue the ledger entry, and refuse an epoch of which not even one step fits."""
+        if self.ledger_entry is None:
+            setattr(self.state, _ENTRY, self._group.first_says(self._begin_entry))
+        entry = self.ledger.entry(self.state.ledger_entry)
+        if (entry.step, entry.planned_steps) != (self.plan.step_event, self.plan.steps):
+            raise ValueError(
+                f"the checkpoint continues entry {entry.entry_id[:8]}, planned as {dict(entry.facts)}, but the plan is "
+                f"now {self.plan.to_dict()}: a run keeps its plan. Resume with that plan, or load the network alone."
+            )
+        if self._steps_left() < 1:
+            raise PrivacyBudgetError(
+                f"entry {entry.entry_id[:8]} of {self.ledger.path} has no step left of {entry.planned_steps} planned "
+                f"({entry.steps} recorded) within budget {self.ledger.budget}: nothing was released. Plan a new run."
+            )
+
+    def _begin_entry(self) -> str:
+        return self.ledger.begin(
+            step=self.plan.step_event,
+            planned_steps=self.plan.steps,
+            delta=self.plan.delta,
+            unit=self.plan.unit,
+            facts=self.plan.to_dict(),
+            unnoised=self._unnoised,
+            assumptions=self._assumptions,
+            not_private=() if self._noise.is_secret else ("insecure_seed was set: the noise can be repeated",),
+        )
+
+    def _steps_left(self) -> int:
+        return self._group.first_says(lambda: self.ledger.steps_left(self.state.ledger_entry))
+
+    def _stop_if_next_step_does_not_fit(self) -> None:
+        if self._steps_left() > 0:
+            return
+        self._stopping = True
+        if self.state.iteration % self.state.epoch_length:
+            # Not terminate(): it would skip EPOCH_COMPLETED, and with it validation, checkpoint and logs.
+            self.terminate_epoch()
+
+    def _end_run_if_stopping(self, engine: Engine) -> None:
+        if self._stopping and self.state.epoch < self.state.max_epochs:
+            self.logger.warning(
+                f"Stopped after epoch {self.state.epoch} of {self.state.max_epochs}: the next step would not fit the "
+                f"plan's {self.plan.steps} steps or the budget {self.ledger.budget}."
+            )
+            self.terminate()
+
+    def _say_what_differs(self, dropped: Sequence[str], loader: DataLoader) -> None:
+        patients = loader.batch_sampler.num_patients * self._group.size  # type: ignore[union-attr]
+        if abs(patients - self.plan.num_patients) > max(self._group.size, 0.05 * self.plan.num_patients):
+            self.logger.warning(
+                f"The data has about {patients} {self.plan.unit}s, the plan says {self.plan.num_patients}: the guarantee "
+                f"holds, but batches will have about {patients * self.plan.sample_rate:.0f} of them, not "
+                f"{self.plan.expected_batch_size}."
+            )
+        steps = self.state.max_epochs * self.state.epoch_length
+        if steps != self.plan.steps:
+            self.logger.warning(
+                f"max_epochs {self.state.max_epochs} times epoch_length {self.state.epoch_length} are {steps} steps, the "
+                f"plan has {self.plan.steps}: the run ends at the smaller, with noise made for the plan."
+            )
+        if dropped:
+            self.logger.warning(
+                f"{' and '.join(dropped)} left out: training metrics are not noised. Measure on validation patients, or "
+                "set release_train_statistics=True and the report will say so."
+            )
+
+
+class _NoStatistics(dict):
+    """What a training step shows of itself: nothing. Whatever a logger looks for is None, which loggers pass over."""
+
+    def __missing__(self, key: Any) -> None:
+        return None
+
+
+# A list of one, as after decollation, which `from_engine(..., first=True)` and StatsHandler's default expect.
+_NO_STATISTICS = [_NoStatistics()]
+
+
+def _training_statistics(
+    row_loss: RowLoss, inputs: Tensor, targets: Tensor, predictions: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    order = torch.cat([rows for rows, _ in predictions]).argsort()
+    outputs = torch.cat([outputs for _, outputs in predictions])[order]
+    with torch.no_grad():
+        loss = row_loss(outputs, targets).mean()
+    return {Keys.IMAGE: inputs, Keys.LABEL: targets, Keys.PRED: outputs, Keys.LOSS: loss}
+
+
+def _rows_of(value: Any, rows: Tensor, rows_in_batch: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and len(value) == rows_in_batch else value
+    if isinstance(value, dict):
+        return {key: _rows_of(item, rows, rows_in_batch) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_rows_of(item, rows, rows_in_batch) for item in value)
+    return value
+
+
+def _refuse_unsupported(network: nn.Module, optimizer: Optimizer, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("accumulation_steps", 1) != 1:
+        raise ValueError(
+            f"accumulation_steps is {kwargs['accumulation_steps']}: each draw must be noised and recorded by itself. "
+            "Raise the plan's expected_batch_size, and bound memory with max_physical_batch_size."
+        )
+    if kwargs.get("iteration_update") is not None:
+        raise ValueError(
+            "iteration_update is set: it would replace the private step. Remove it; use prepare_batch, inferer or "
+            "handlers instead."
+        )
+    if isinstance(network, nn.DataParallel):
+        raise ValueError(
+            "network is a DataParallel: it splits a patient's rows over devices and mixes gradients. Use "
+            "DistributedDataParallel under torchrun, or one device."
+        )
+    own = {id(p) for p in network.parameters()}
+    foreign = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
+    if foreign:
+        raise ValueError(
+            f"the optimizer holds {foreign} parameters that are not the network's: their gradients would not be "
+            "private. Make the optimizer from network.parameters(), after convert_batch_norm."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "the optimizer is LBFGS: it evaluates the loss several times a step, each a release. Use SGD, Adam, NAdam "
+            "or another first-order optimizer."
+        )
+
+
+def _unnoised(handlers: Any, release_train_statistics: bool) -> tuple[str, ...]:
+    found = []
+    if release_train_statistics:
+        found.append("training loss, training predictions and training metrics")
+    if any(isinstance(handler, ValidationHandler) for handler in handlers or ()):
+        found.append("metrics on the validation patients, and whatever was chosen by them")
+    return tuple(found)
+
+
+def _assumptions(plan: DPSGDPlan, network: nn.Module) -> tuple[str, ...]:
+    found = [f"the number of {plan.unit}s, {plan.num_patients}, is public"]
+    if plan.unit == "patient":
+        found.append("all data of one patient carry one patient id")
+    if any(isinstance(module, FoldedBatchNorm) for module in network.modules()):
+        found.append("the batch-norm statistics that were folded into the network are public")
+    return tuple(found)

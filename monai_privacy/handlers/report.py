@@ -1,0 +1,51 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The report, written when training ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ignite.engine import Engine, Events
+
+from monai_privacy.engines import DPSupervisedTrainer
+from monai_privacy.report import PrivacyReport
+
+
+class PrivacyReportHandler:
+    """Writes ``privacy_report.json`` and ``privacy_report.md``, recomputed from the ledger, when the run ends.
+
+    Args:
+        output_dir: folder for both files; made where missing.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = Path(output_dir)
+
+    def attach(self, engine: Engine) -> None:
+        """
+        Args:
+            engine: a :class:`DPSupervisedTrainer`.
+        """
+        if not isinstance(engine, DPSupervisedTrainer):
+            raise ValueError(
+                f"{type(self).__name__} is attached to a {type(engine).__name__}: it has no ledger. Attach it to a "
+                "DPSupervisedTrainer."
+            )
+        engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: DPSupervisedTrainer) -> None:
+        """
+        Args:
+            engine: a :class:`DPSupervisedTrainer`.
+        """
+        PrivacyReport.from_ledger(engine.ledger).write(self.output_dir)

@@ -1,0 +1,86 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""One loss value for each row, from a loss function that was written to give one value for a batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RowLoss:
+    """Call ``loss_function`` so that row i of the result depends on row i of its inputs alone.
+
+    A loss with a ``reduction`` (torch's and MONAI's) is copied and asked for "none"; what it gives for a row is then
+    averaged over that row, or summed where its reduction was "sum". Class weights stay what they were for a row: fixed
+    public numbers in a sum, never divided by the weights that happen to be in the batch. Any other callable that gives
+    one number for a batch is called once for each row.
+
+    Args:
+        loss_function: ``loss_function(outputs, targets)``. It is not changed.
+
+    Raises:
+        ValueError: where a class-weighted loss cannot be had per row, since calling it row by row would cancel its
+            weights without a word.
+    """
+
+    def __init__(self, loss_function: Callable[..., Any]) -> None:
+        self._reduction = str(getattr(loss_function, "reduction", "mean"))
+        self._has_reduction = hasattr(loss_function, "reduction")
+        self._loss = _unreduced(loss_function) if self._has_reduction else loss_function
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """(B,) losses of ``outputs``, whatever the network gave for B rows, and (B, ...) ``targets``."""
+        rows = len(targets)
+        losses = self._loss(outputs, targets)
+        if isinstance(losses, Tensor) and losses.ndim > 0 and len(losses) == rows and (rows > 1 or self._has_reduction):
+            flat = losses.reshape(rows, -1)
+            return flat.sum(1) if self._reduction == "sum" else flat.mean(1)
+        if rows == 1 and isinstance(losses, Tensor) and losses.numel() == 1 and not self._has_reduction:
+            return losses.reshape(1)
+        return self._one_row_at_a_time(outputs, targets)
+
+    def _one_row_at_a_time(self, outputs: Any, targets: Any) -> Tensor:
+        weight = getattr(self._loss, "weight", None)
+        if weight is not None:
+            raise ValueError(
+                f"{type(self._loss).__name__} has class weights but gives no loss for each row: calling it row by row "
+                'would cancel the weights. Use a loss that has reduction="none".'
+            )
+        rows = len(targets)
+        values = [self._loss(_row(outputs, i, rows), _row(targets, i, rows)) for i in range(rows)]
+        return torch.stack([value.reshape(-1).mean() for value in values])
+
+
+def _unreduced(loss_function: Callable[..., Any]) -> Callable[..., Any]:
+    # The caller's loss stays as it was: validation may use the same object.
+    loss = copy.deepcopy(loss_function)
+    parts = loss.modules() if isinstance(loss, nn.Module) else [loss]
+    for part in parts:  # combined losses (MONAI's DiceCELoss, FocalLoss, ...) hold others
+        if hasattr(part, "reduction"):
+            part.reduction = "none"
+    return loss
+
+
+def _row(value: Any, index: int, rows: int) -> Any:
+    """Row ``index`` of a tensor, kept as a batch of one; the same inside of lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        return value[index : index + 1] if value.ndim and len(value) == rows else value
+    if isinstance(value, dict):
+        return {key: _row(item, index, rows) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_row(item, index, rows) for item in value)
+    return value

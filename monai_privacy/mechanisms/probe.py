@@ -1,0 +1,85 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Does row i of a loss depend on row i alone? Asked on synthetic rows, before anything is released."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+_ROWS = 4
+# The same kernel on rows of the same shape repeats itself but for rounding; real coupling is far above this.
+_TOLERANCE = 1e-3
+
+
+def require_independent_rows(row_losses: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor) -> None:
+    """Raise ValueError where changing one row changes the loss of another.
+
+    A network or a loss that mixes rows (batch statistics, a normaliser over the batch, contrastive terms) gives no
+    gradient that belongs to one patient, so that clipping it bounds nothing.
+
+    Args:
+        row_losses: (R, ...) inputs and (R, ...) targets to (R,) losses.
+        inputs: any batch of at least one row; only its shape, dtype and device are used.
+        targets: likewise.
+    """
+    with torch.no_grad():
+        base_inputs, base_targets = _synthetic(inputs), _synthetic_targets(targets)
+        expected = _repeatable(row_losses, base_inputs, base_targets)
+        for changed_inputs, changed_targets in _perturbed(base_inputs, base_targets):
+            try:
+                found = _repeatable(row_losses, changed_inputs, changed_targets)
+            except (IndexError, RuntimeError):  # a label that this loss does not take: no evidence either way
+                continue
+            scale = expected[1:].abs().max().clamp(min=1.0)
+            if not torch.allclose(
+                found[1:], expected[1:], rtol=_TOLERANCE, atol=_TOLERANCE * float(scale), equal_nan=True
+            ):
+                gap = float((found[1:] - expected[1:]).abs().max())
+                raise ValueError(
+                    f"changing one row changed the loss of another by {gap:.2g}: the network or the loss mixes patients, "
+                    "so clipping would bound nothing. Remove what works across the batch (batch norm, a normaliser over "
+                    "the batch, batch=True, contrastive terms)."
+                )
+
+
+def _synthetic(like: Tensor) -> Tensor:
+    shape = (_ROWS, *like.shape[1:])
+    generator = torch.Generator().manual_seed(0)
+    if like.is_floating_point():
+        return torch.randn(shape, generator=generator).to(like)
+    return torch.randint(0, 2, shape, generator=generator).to(like)
+
+
+def _synthetic_targets(like: Tensor) -> Tensor:
+    values = torch.arange(_ROWS) % 2
+    return values.reshape(-1, *[1] * (like.ndim - 1)).expand(_ROWS, *like.shape[1:]).clone().to(like)
+
+
+def _perturbed(inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    changed = inputs.clone()
+    changed[0] = changed[0] * 3 + 1
+    yield changed, targets.clone()
+    for label in (1, -1, -100):  # another class; the usual marks of a missing label, which some losses leave out
+        relabelled = targets.clone()
+        relabelled[0] = label if targets.is_floating_point() or targets.dtype in (torch.int64, torch.int32) else 1
+        yield inputs.clone(), relabelled
+
+
+def _repeatable(row_losses: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    # Dropout must fall alike in each call; outside the fork the user's random state does not move.
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        return row_losses(inputs.clone(), targets.clone()).double()

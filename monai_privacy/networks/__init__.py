@@ -1,0 +1,28 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Networks that can be trained privately: conversion of batch norm, checks, and a small ResNet."""
+
+from __future__ import annotations
+
+from .batch_norm import FoldedBatchNorm, convert_batch_norm
+from .check import LayerProblem, check_network, find_updated_buffers, require_privately_trainable
+from .resnet9 import ResNet9
+
+__all__ = [
+    "FoldedBatchNorm",
+    "LayerProblem",
+    "ResNet9",
+    "check_network",
+    "convert_batch_norm",
+    "find_updated_buffers",
+    "require_privately_trainable",
+]
