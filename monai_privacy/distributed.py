@@ -66,6 +66,14 @@ class ProcessGroup:
         """Wait until the first process has done ``action``; where it fails, all of them fail."""
         self.first_says(action)
 
+    def all_agree(self, value: Any) -> bool:
+        """Whether every process has an equal ``value``."""
+        if self.size == 1:
+            return True
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return all(other == value for other in values)
+
     def sum(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The sum of each tensor over the processes."""
         if self.size > 1:

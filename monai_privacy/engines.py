@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from monai_privacy.accounting.ledger import PrivacyLedger
 from monai_privacy.accounting.values import PrivacyBudgetError
-from monai_privacy.data.loading import PATIENT_KEY, poisson_loader
+from monai_privacy.data.loading import PATIENT_KEY, poisson_loader, units_of
 from monai_privacy.distributed import ProcessGroup
 from monai_privacy.mechanisms.clipping import clipped_gradient_sum
 from monai_privacy.mechanisms.losses import RowLoss
@@ -126,6 +127,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
             world_size=self._group.size,
             insecure_seed=insecure_seed,
         )
+        self._require_common_data(train_data_loader, patient_key)
         handlers = kwargs.get("train_handlers")
         if not release_train_statistics:
             kwargs |= {"decollate": False, "postprocessing": None}
@@ -307,6 +309,16 @@ class DPSupervisedTrainer(SupervisedTrainer):
             raise PrivacyBudgetError(
                 f"entry {entry.entry_id[:8]} of {self.ledger.path} has no step left of {entry.planned_steps} planned "
                 f"({entry.steps} recorded) within budget {self.ledger.budget}: nothing was released. Plan a new run."
+            )
+
+    def _require_common_data(self, loader: Any, patient_key: str) -> None:
+        if self._group.size == 1:
+            return
+        units = units_of(loader.dataset, unit=self.plan.unit, patient_key=patient_key)
+        if not self._group.all_agree(hashlib.sha256("\n".join(units).encode()).digest()):
+            raise ValueError(
+                f"the {self._group.size} processes have different datasets: a patient in two of them would be drawn twice. "
+                "Give each process the whole dataset (no partition_dataset); the Poisson draw divides the patients."
             )
 
     def _begin_entry(self) -> str:

@@ -34,7 +34,14 @@ from pydicom.pixels import get_decoder
 from monai_privacy.data.splits import split_patients
 from monai_privacy.data.synthetic import SYNTHETIC_MARK
 
-__all__ = ["ChestXRaySource", "count_patients", "image_format", "read_chest_xrays", "read_dicom_header", "write_datalist"]
+__all__ = [
+    "ChestXRaySource",
+    "count_patients",
+    "image_format",
+    "read_chest_xrays",
+    "read_dicom_header",
+    "write_datalist",
+]
 
 Layout = Literal["kermany", "medmnist", "npz", "folder"]
 Record = dict[str, Any]
@@ -112,7 +119,9 @@ def read_chest_xrays(source: str | os.PathLike[str]) -> ChestXRaySource:
         raise FileNotFoundError(f"source {path} does not exist. Check the path, and download or mount the data first.")
     found = _reader(path)(path)
     if not found.records:
-        raise ValueError(f"source {path} ({found.layout}) holds no images, so there is nothing to learn. Check the path.")
+        raise ValueError(
+            f"source {path} ({found.layout}) holds no images, so there is nothing to learn. Check the path."
+        )
     labels = {record["label"] for record in found.records}
     if len(labels) == 1:
         raise ValueError(
@@ -194,8 +203,8 @@ def _read_npz(path: Path) -> ChestXRaySource:
                 return _read_medmnist(path, archive)
             if {"images", "label", "patient_id"} <= keys:
                 return _read_arrays(path, archive)
-    except _Refused as refusal:
-        raise ValueError(str(refusal)) from None
+    except _LayoutError:
+        raise
     except Exception as error:  # numpy and zipfile raise many kinds for a broken or pickled archive
         raise ValueError(
             f"file {path} cannot be read as .npz ({_one_line(error)}). Download or write it again; store text as numpy "
@@ -207,8 +216,8 @@ def _read_npz(path: Path) -> ChestXRaySource:
     )
 
 
-class _Refused(Exception):
-    """Marks our own messages, so that they are not wrapped as a failure to read."""
+class _LayoutError(ValueError):
+    """Marks our own messages, so that they are not taken for a failure to read."""
 
 
 def _read_medmnist(path: Path, archive: Mapping[str, np.ndarray]) -> ChestXRaySource:
@@ -216,7 +225,7 @@ def _read_medmnist(path: Path, archive: Mapping[str, np.ndarray]) -> ChestXRaySo
     for split in _KERMANY_SPLITS:
         images = _checked_images(path, f"{split}_images", archive[f"{split}_images"])
         labels = _checked_labels(path, f"{split}_labels", archive[f"{split}_labels"], len(images))
-        for image, label in zip(images, labels):
+        for image, label in zip(images, labels, strict=True):
             name = f"image-{len(records):06d}"
             records.append({"image": image, "label": label, "patient_id": name, "split": split})
     names = _PNEUMONIA if path.name.lower().startswith("pneumoniamnist") else _UNNAMED
@@ -228,26 +237,26 @@ def _read_arrays(path: Path, archive: Mapping[str, np.ndarray]) -> ChestXRaySour
     labels = _checked_labels(path, "label", archive["label"], len(images))
     patient_ids = [str(value).strip() for value in archive["patient_id"].tolist()]
     if len(patient_ids) != len(images):
-        raise _Refused(
+        raise _LayoutError(
             f"array patient_id of {path} has {len(patient_ids)} rows, images has {len(images)}, so some image has no "
             "patient. Give one id for each image."
         )
     for row, patient_id in enumerate(patient_ids):
-        if patient_id in ("", "nan", "None"):
-            raise _Refused(
+        if _is_missing(patient_id):
+            raise _LayoutError(
                 f"patient_id[{row}] of {path} is empty, so the image cannot be protected with its patient. Give every "
                 "image its patient's id."
             )
     records = [
         {"image": image, "label": label, "patient_id": patient_id}
-        for image, label, patient_id in zip(images, labels, patient_ids)
+        for image, label, patient_id in zip(images, labels, patient_ids, strict=True)
     ]
     return ChestXRaySource("npz", tuple(records), has_patient_ids=True)
 
 
 def _checked_images(path: Path, key: str, images: np.ndarray) -> np.ndarray:
     if images.ndim != 3 or images.dtype != np.uint8:
-        raise _Refused(
+        raise _LayoutError(
             f"array {key} of {path} is {images.dtype} of shape {images.shape}, not gray 8-bit pictures. Convert it to "
             "uint8 of shape (images, rows, columns)."
         )
@@ -258,11 +267,15 @@ def _checked_labels(path: Path, key: str, labels: np.ndarray, expected: int) -> 
     if labels.ndim == 2 and labels.shape[1] == 1:  # as MedMNIST stores them
         labels = labels[:, 0]
     if labels.shape != (expected,):
-        raise _Refused(
+        raise _LayoutError(
             f"array {key} of {path} has shape {labels.shape} for {expected} images, so it is not one label for each. "
             "Give one 0 or 1 for each image."
         )
     return [_label(value, f"{key}[{row}] of {path}") for row, value in enumerate(labels.tolist())]
+
+
+def _is_missing(patient_id: str) -> bool:
+    return patient_id.strip().lower() in ("", "nan", "none")  # the last two are what pandas writes for no value
 
 
 def _label(value: object, where: str) -> int:
@@ -271,7 +284,7 @@ def _label(value: object, where: str) -> int:
     except (TypeError, ValueError):
         number = -1.0
     if number not in (0.0, 1.0):
-        raise _Refused(
+        raise _LayoutError(
             f"label {value!r} at {where} is neither 0 nor 1, and only two classes are supported. Recode the labels."
         )
     return int(number)
@@ -284,24 +297,24 @@ def _read_folder(folder: Path) -> ChestXRaySource:
     tables = _files(folder, ".csv")
     if len(tables) > 1:
         names = ", ".join(str(table.relative_to(folder)) for table in tables)
-        raise ValueError(f"folder {folder} has {len(tables)} CSV files ({names}), and any may hold the labels. Leave one.")
+        raise ValueError(
+            f"folder {folder} has {len(tables)} CSV files ({names}), and any may hold the labels. Leave one of them."
+        )
     table = tables[0]
-    try:
-        columns, rows = _read_table(table)
-        seen: dict[str, int] = {}
-        records, marks = [], []
-        for line, row in rows:
-            file = _named_file(table, line, row[columns["file"]], seen)
-            header = read_dicom_header(file) if image_format(file) == "dicom" else None
-            patient_id = _patient_of(table, line, file, header, row[columns["patient"]] if "patient" in columns else None)
-            label = _label(row[columns["label"]], f"line {line} of {table}")
-            records.append({"image": str(file), "label": label, "patient_id": patient_id})
-            marks.append(header is not None and _says_synthetic(header))
-    except _Refused as refusal:
-        raise ValueError(str(refusal)) from None
+    columns, rows = _read_table(table)
+    seen: dict[str, int] = {}
+    records, marks = [], []
+    for line, row in rows:
+        file = _named_file(table, line, row[columns["file"]], seen)
+        header = read_dicom_header(file) if image_format(file) == "dicom" else None
+        cell = row[columns["patient"]] if "patient" in columns else None
+        patient_id = _patient_of(table, line, file, header, cell)
+        label = _label(row[columns["label"]], f"line {line} of {table}")
+        records.append({"image": str(file), "label": label, "patient_id": patient_id})
+        marks.append(header is not None and _says_synthetic(header))
     synthetic = bool(marks) and all(marks)
-    names_ = _PNEUMONIA if synthetic else _UNNAMED
-    return ChestXRaySource("folder", tuple(records), True, synthetic=synthetic, class_names=names_)
+    class_names = _PNEUMONIA if synthetic else _UNNAMED
+    return ChestXRaySource("folder", tuple(records), has_patient_ids=True, synthetic=synthetic, class_names=class_names)
 
 
 def _read_table(table: Path) -> tuple[dict[str, str], list[tuple[int, dict[str, str]]]]:
@@ -315,17 +328,17 @@ def _read_table(table: Path) -> tuple[dict[str, str], list[tuple[int, dict[str, 
             rows = [(reader.line_num, row) for row in reader]
             names = list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise _Refused(f"CSV {table} cannot be read ({_one_line(error)}). Save it as a UTF-8 CSV file.") from error
+        raise _LayoutError(f"CSV {table} cannot be read ({_one_line(error)}). Save it as a UTF-8 CSV file.") from error
     columns = {}
     wanted = {"file": _FILE_COLUMNS, "label": _LABEL_COLUMNS, "patient": _PATIENT_COLUMNS}
     for meaning, choices in wanted.items():
         matches = [name for name in names if name.strip().lower() in choices]
         if len(matches) > 1:
-            raise _Refused(f"CSV {table} has the columns {matches}, and either may be the {meaning}. Leave one.")
+            raise _LayoutError(f"CSV {table} has the columns {matches}, and either may be the {meaning}. Leave one.")
         if matches:
             columns[meaning] = matches[0]
         elif meaning != "patient":
-            raise _Refused(
+            raise _LayoutError(
                 f"CSV {table} has the columns {names}, none of which is {' or '.join(choices)}. Rename the column that "
                 f"holds the {meaning}."
             )
@@ -335,13 +348,13 @@ def _read_table(table: Path) -> tuple[dict[str, str], list[tuple[int, dict[str, 
 def _named_file(table: Path, line: int, name: str, seen: dict[str, int]) -> Path:
     file = table.parent / name.strip()
     if not name.strip() or not file.is_file():
-        raise _Refused(
+        raise _LayoutError(
             f"line {line} of {table} names the file {name!r}, which does not exist in {table.parent}. Give paths "
             "relative to the CSV, or remove the line."
         )
     first = seen.setdefault(os.path.realpath(file), line)
     if first != line:
-        raise _Refused(
+        raise _LayoutError(
             f"line {line} of {table} names the file {name!r} a second time, after line {first}, so the image would "
             "count twice. Remove one line."
         )
@@ -353,24 +366,24 @@ def _patient_of(table: Path, line: int, file: Path, header: Dataset | None, cell
     from_dicom = "" if header is None else str(header.get("PatientID") or "").strip()
     if cell is not None:
         from_table = cell.strip()
-        if not from_table:
-            raise _Refused(
+        if _is_missing(from_table):
+            raise _LayoutError(
                 f"patient id of {file} on line {line} of {table} is empty, so the image cannot be protected with its "
                 "patient. Fill it in, or remove the line."
             )
         if from_dicom and from_dicom != from_table:
-            raise _Refused(
+            raise _LayoutError(
                 f"patient id of {file} on line {line} of {table} is not the one in its DICOM header, and a patient "
                 "under two ids is not protected. Correct the line, or de-identify the file with the same id."
             )
         return from_table
     if header is None:
-        raise _Refused(
+        raise _LayoutError(
             f"CSV {table} has no column patient_id, and {file} is no DICOM file that could tell the patient. Add the "
             "column."
         )
     if not from_dicom:
-        raise _Refused(
+        raise _LayoutError(
             f"PatientID of {file} is empty and CSV {table} has no column patient_id, so the image cannot be protected "
             "with its patient. Add the column."
         )
@@ -486,7 +499,7 @@ def write_datalist(
     key = secrets.token_bytes(32)  # never stored: with it, anybody could find a patient by trying ids
     datalist: dict[str, Any] = {
         "name": f"chest X-rays ({source.layout})",
-        "description": f"{source.class_names[0]} or {source.class_names[1]}, split by {source.unit}; ids are pseudonyms",
+        "description": f"{' or '.join(source.class_names)}, split by {source.unit}; ids are pseudonyms",
         "synthetic": source.synthetic,
         "unit": source.unit,
         "labels": {str(label): name for label, name in enumerate(source.class_names)},
@@ -543,7 +556,7 @@ def _entry(record: Record, index: int, folder: Path, key: bytes) -> Record:
     if isinstance(image, np.ndarray):
         name = f"images/{index:06d}.png"
         (folder / "images").mkdir(exist_ok=True)
-        Image.fromarray(image).save(folder / name)
+        Image.fromarray(image).save(folder / name, compress_level=1)  # thousands of them: speed before size
     else:
         name = _listed_path(Path(image), folder)
     pseudonym = hmac.new(key, record["patient_id"].encode(), hashlib.sha256).hexdigest()[:16]

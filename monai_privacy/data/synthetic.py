@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import (
+    UID,
     ComputedRadiographyImageStorage,
     DigitalXRayImageStorageForPresentation,
     ExplicitVRLittleEndian,
@@ -109,7 +110,8 @@ def write_synthetic_chest_xrays(
     Half of the patients have pneumonia (one or more opacities in a lung). A patient has one to five images, in which
     the anatomy is the same and position, breathing, exposure and noise differ. Frontal images taken standing (PA) are
     Digital X-Ray objects, those taken lying (AP) Computed Radiography; pixels are 12-bit, and about a tenth of the
-    files is MONOCHROME1, as in hospitals. The same arguments write the same bytes.
+    files is MONOCHROME1, as in hospitals. The same arguments
+    write the same files, but for rounding on other machines.
 
     Args:
         folder: a new or empty folder. Gets ``images/*.dcm``, ``labels.csv`` (file, label, patient_id), ``README.txt``.
@@ -201,18 +203,18 @@ def _draw_anatomy(rng: np.random.Generator) -> _Anatomy:
 
 
 def _draw_opacities(rng: np.random.Generator) -> tuple[_Opacity, ...]:
-    # Mild and severe disease: the fainter end lies within what vessels and ribs do in healthy lungs.
-    severity = rng.beta(1.6, 2.0)
+    # From one faint patch, no stronger than what vessels and ribs do in healthy lungs, to consolidation of both.
+    severity = rng.beta(2.2, 1.6)
     return tuple(
         _Opacity(
             side=int(rng.integers(2)),
-            x=rng.uniform(-0.55, 0.55),
-            y=rng.uniform(-0.45, 0.70),
-            radius=rng.uniform(0.11, 0.18) * (0.85 + 0.65 * severity),
-            stretch=rng.uniform(0.7, 1.5),
-            density=rng.uniform(0.16, 0.23) + 0.30 * severity,
+            x=rng.uniform(-0.5, 0.5),
+            y=rng.uniform(-0.40, 0.65),
+            radius=rng.uniform(0.13, 0.22) * (0.75 + 0.75 * severity),
+            stretch=rng.uniform(0.7, 1.4),
+            density=rng.uniform(0.15, 0.22) + 0.26 * severity,
         )
-        for _ in range(1 + int(rng.binomial(3, 0.15 + 0.5 * severity)))
+        for _ in range(1 + int(rng.binomial(4, 0.10 + 0.55 * severity)))
     )
 
 
@@ -430,7 +432,7 @@ def _dicom(patient: _Patient, image: int, size: int, seed: int, rng: np.random.G
     return dataset
 
 
-def _empty_file(sop_class: str) -> FileDataset:
+def _empty_file(sop_class: UID) -> FileDataset:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = sop_class
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -442,7 +444,7 @@ def _empty_file(sop_class: str) -> FileDataset:
 def _describe_patient(dataset: FileDataset, patient: _Patient, image: int, seed: int) -> None:
     patient_id = f"SYN{patient.number:06d}"
 
-    def uid(*parts: str) -> str:
+    def uid(*parts: str) -> UID:
         # Hashed from the seed, so that the same arguments write the same bytes.
         return generate_uid(entropy_srcs=["monai_privacy synthetic", str(seed), patient_id, *parts])
 

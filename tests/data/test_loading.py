@@ -1,0 +1,190 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The trainer's loader: the user's data by another draw, or a refusal that says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_records
+from monai.data import (
+    CacheDataset,
+    DataLoader,
+    Dataset,
+    PersistentDataset,
+    SmartCacheDataset,
+    ThreadDataLoader,
+    list_data_collate,
+)
+from monai.transforms import Compose, EnsureTyped, RandSpatialCropSamplesd, SelectItemsd
+from torch.utils.data import (
+    BatchSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from monai_privacy.data import poisson_loader, units_of
+
+TRANSFORM = Compose([EnsureTyped("image"), SelectItemsd(["image", "label"])])
+
+
+def load(loader, *, rate=1.0, steps=1, **options) -> list:
+    return list(poisson_loader(loader, sample_rate=rate, steps=steps, **options))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [Dataset, CacheDataset, PersistentDataset])
+@pytest.mark.parametrize("loader_class", [DataLoader, ThreadDataLoader, torch.utils.data.DataLoader])
+def test_every_row_comes_with_its_patient(records, kind, loader_class, workers, tmp_path):
+    options = {"cache_dir": tmp_path} if kind is PersistentDataset else {}
+    options |= {"progress": False} if kind is CacheDataset else {}
+    if workers and (kind is not Dataset):
+        pytest.skip("workers are tried with one kind of dataset")
+    collate = {"collate_fn": list_data_collate} if loader_class is torch.utils.data.DataLoader else {}
+    loader = loader_class(kind(records, TRANSFORM, **options), batch_size=4, num_workers=workers, **collate)
+    (batch,) = load(loader)
+    assert batch.data["image"].shape == (40, 1, 8, 8)
+    # The ids were dropped by a transform: the patients are those of the untransformed records.
+    assert "patient_id" not in batch.data
+    expected = [int(record["patient_id"].split("-")[1]) for record in records]
+    assert batch.patient_index.tolist() == expected
+    assert torch.equal(batch.data["image"][3], records[3]["image"])
+
+
+def test_thread_workers(records):
+    loader = ThreadDataLoader(Dataset(records, TRANSFORM), batch_size=4, num_workers=2, use_thread_workers=True)
+    (batch,) = load(loader)
+    assert len(batch.patient_index) == 40
+
+
+def test_an_empty_draw_never_reaches_the_collation(records):
+    def collate(samples):
+        assert samples
+        return list_data_collate(samples)
+
+    loader = DataLoader(Dataset(records[:2], TRANSFORM), batch_size=2, collate_fn=collate)
+    batches = load(loader, rate=0.5, steps=50)
+    empty = [batch for batch in batches if batch.data is None]
+    assert 0 < len(empty) < 50
+    assert all(len(batch.patient_index) == 0 for batch in empty)
+
+
+def test_crops_belong_to_their_patient(records):
+    crops = Compose([TRANSFORM, RandSpatialCropSamplesd("image", roi_size=4, num_samples=3, random_size=False)])
+    (batch,) = load(DataLoader(Dataset(records, crops), batch_size=2))
+    assert batch.data["image"].shape == (120, 1, 4, 4)
+    assert torch.bincount(batch.patient_index).tolist() == [6] * 20
+
+
+def test_draws_whole_patients(records):
+    for batch in load(DataLoader(Dataset(records, TRANSFORM), batch_size=2), rate=0.3, steps=20):
+        if batch.data is not None:
+            assert torch.bincount(batch.patient_index).tolist() == [2] * (int(batch.patient_index.max()) + 1)
+
+
+def test_an_error_in_a_transform_is_raised_and_does_not_end_the_epoch(records):
+    def broken(record):
+        raise RuntimeError("unreadable image")
+
+    loader = ThreadDataLoader(Dataset(records, broken), batch_size=2)
+    with pytest.raises(RuntimeError, match="unreadable image|applying transform"):
+        load(loader)
+
+
+def test_a_subset_keeps_its_patients(records):
+    subset = Subset(Dataset(records, TRANSFORM), [5, 4, 0])
+    assert units_of(subset) == ["patient-2", "patient-2", "patient-0"]
+    assert len(load(DataLoader(subset, batch_size=1))[0].patient_index) == 3
+
+
+def test_image_units_need_no_patient_ids(records):
+    for record in records:
+        del record["patient_id"]
+    loader = DataLoader(Dataset(records, EnsureTyped("image")), batch_size=2)
+    assert load(loader, unit="image")[0].patient_index.tolist() == list(range(40))
+
+
+def test_crops_of_an_image_are_one_unit(records):
+    crops = RandSpatialCropSamplesd("image", roi_size=4, num_samples=3, random_size=False)
+    (batch,) = load(DataLoader(Dataset(records[:2], crops), batch_size=2), unit="image")
+    assert batch.patient_index.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_another_key_may_name_the_patient(records):
+    for record in records:
+        record["subject"] = record.pop("patient_id")
+    assert units_of(Dataset(records), patient_key="subject")[0] == "patient-0"
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from make_records(patients=2)
+
+
+def plain(records) -> Dataset:
+    return Dataset(records, TRANSFORM)
+
+
+REFUSALS = {
+    "iterable dataset": (lambda r: DataLoader(Stream(), batch_size=2), "iterable one: it has no rows"),
+    "smart cache": (
+        lambda r: DataLoader(SmartCacheDataset(r, TRANSFORM, cache_num=4, replace_rate=0.5, progress=False)),
+        "SmartCacheDataset: it shows only its cache",
+    ),
+    "weighted": (
+        lambda r: DataLoader(plain(r), sampler=WeightedRandomSampler([1.0] * 40, 40)),
+        "WeightedRandomSampler.*Remove the sampler",
+    ),
+    "subset": (lambda r: DataLoader(plain(r), sampler=SubsetRandomSampler([0, 1])), "SubsetRandomSampler"),
+    "with replacement": (
+        lambda r: DataLoader(plain(r), sampler=RandomSampler(r, replacement=True)),
+        "RandomSampler.*not the Poisson draws",
+    ),
+    "fewer samples": (lambda r: DataLoader(plain(r), sampler=RandomSampler(r, num_samples=5)), "RandomSampler"),
+    "own batch sampler": (
+        lambda r: DataLoader(plain(r), batch_sampler=type("Mine", (BatchSampler,), {})(SequentialSampler(r), 2, False)),
+        "Mine as batch sampler",
+    ),
+    "no batching": (lambda r: DataLoader(plain(r), batch_size=None), "NoneType as batch sampler"),
+    "repeats": (lambda r: ThreadDataLoader(plain(r), batch_size=2, repeats=3), "repeats=3.*Set repeats=1"),
+    "a list": (lambda r: r, "train_data_loader is a list"),
+    "no records": (
+        lambda r: DataLoader(TensorDataset(torch.zeros(4, 1))),
+        "TensorDataset has no list of records in .data",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_say_what_why_and_what_to_do(case, records):
+    make, message = REFUSALS[case]
+    with pytest.raises(ValueError, match=message) as raised:
+        load(make(records))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", float("nan")])
+def test_a_record_without_patient_id_is_refused(records, value):
+    records[7]["patient_id"] = value
+    with pytest.raises(ValueError, match=r"record 7 has patient_id=.*unit=\"image\""):
+        load(DataLoader(plain(records), batch_size=2))
+
+
+def test_records_that_lack_the_key_are_refused(records):
+    del records[3]["patient_id"]
+    with pytest.raises(ValueError, match="record 3 has patient_id=None"):
+        load(DataLoader(plain(records), batch_size=2))

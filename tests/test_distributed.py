@@ -1,0 +1,121 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Two processes make one private step: one draw, one noise, one ledger line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_network, make_records, make_trainer, weights
+from scipy import stats
+
+from monai_privacy import PrivacyLedger
+
+FALSE_ALARM = 1e-7
+PREAMBLE = f"""
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from conftest import make_network, make_records, make_trainer, weights
+from test_engines import NoGradient, everybody
+from monai_privacy import DPSGDPlan
+dist.init_process_group("gloo")
+rank, folder = dist.get_rank(), Path(sys.argv[1])
+"""
+
+
+def run_two(script: str, folder: Path, *, fails: bool = False) -> str:
+    """Run ``script`` in two processes under torchrun and return what they wrote."""
+    path = folder / "script.py"
+    path.write_text(PREAMBLE + textwrap.dedent(script) + "\ndist.destroy_process_group()\n", encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(path), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_noise_is_added_once_and_weights_agree_and_empty_shares_stay_in_step(tmp_path):
+    run_two(
+        """
+        network = DistributedDataParallel(NoGradient())
+        plan = DPSGDPlan(num_patients=20, expected_batch_size=2, steps=4, delta=1e-3, noise_multiplier=1.5)
+        before = weights(network)
+        trainer = make_trainer(folder / "ledger", network=network, plan=plan, learning_rate=1.0, max_epochs=1,
+                               epoch_length=4)
+        trainer.run()
+        torch.save(before - weights(network), folder / f"rank{rank}.pt")
+        """,
+        tmp_path,
+    )
+    moved = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(*moved)
+    (entry,) = PrivacyLedger(tmp_path / "ledger").entries
+    assert entry.steps == 4
+    # Four steps at rate 1, each of noise 1.5 * C / 2: twice the variance would mean that both processes added noise.
+    statistic = float((moved[0].double() / (1.5 / 2 * 2)).square().sum())
+    count = moved[0].numel()
+    assert 2 * min(stats.chi2.cdf(statistic, count), stats.chi2.sf(statistic, count)) > FALSE_ALARM
+
+
+@pytest.mark.slow
+def test_the_step_is_that_of_one_process(tmp_path):
+    run_two(
+        """
+        network = DistributedDataParallel(make_network())
+        before = weights(network)
+        make_trainer(folder / "ledger", network=network, plan=everybody(20), learning_rate=1.0, max_epochs=1).run()
+        torch.save(before - weights(network), folder / f"rank{rank}.pt")
+        """,
+        tmp_path,
+    )
+    from test_engines import everybody
+
+    network = make_network()
+    before = weights(network)
+    make_trainer(
+        tmp_path / "alone", network=network, plan=everybody(20), learning_rate=1.0, max_epochs=1,
+        records=make_records(patients=20),
+    ).run()  # fmt: skip
+    torch.testing.assert_close(torch.load(tmp_path / "rank1.pt"), before - weights(network), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_refusals_reach_every_process(tmp_path):
+    told = run_two(
+        """
+        records = make_records(patients=20)[rank * 20 : rank * 20 + 20]
+        try:
+            make_trainer(folder / "ledger", records=records)
+        except ValueError as error:
+            print("refused:", error)
+        from monai_privacy import PrivacyBudget, PrivacyBudgetError, PrivacyLedger
+        plan = everybody(20, steps=2, noise_multiplier=1.0)
+        ledger = PrivacyLedger(folder / "small", budget=PrivacyBudget(plan.epsilon(steps=1) * 0.5, 1e-3))
+        try:
+            make_trainer(ledger, plan=plan).run()
+        except PrivacyBudgetError as error:
+            print("budget:", error)
+        """,
+        tmp_path,
+    )
+    assert told.count("refused: the 2 processes have different datasets") == 2
+    assert told.count("is spent") >= 2
