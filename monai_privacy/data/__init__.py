@@ -13,14 +13,25 @@
 
 from __future__ import annotations
 
-from monai_privacy.data.loading import LogicalBatch, poisson_loader, units_of
+from monai_privacy.data.chest_xray import ChestXRaySource, count_patients, read_chest_xrays, write_datalist
+from monai_privacy.data.chest_xray_transforms import LoadChestXRay, LoadChestXRayd
+from monai_privacy.data.loading import LogicalBatch, count_units, poisson_loader, units_of
 from monai_privacy.data.sampling import PoissonPatientSampler
 from monai_privacy.data.splits import split_patients
+from monai_privacy.data.synthetic import write_synthetic_chest_xrays
 
 __all__ = [
+    "ChestXRaySource",
+    "LoadChestXRay",
+    "LoadChestXRayd",
     "LogicalBatch",
     "PoissonPatientSampler",
+    "count_patients",
+    "count_units",
     "poisson_loader",
+    "read_chest_xrays",
     "split_patients",
     "units_of",
+    "write_datalist",
+    "write_synthetic_chest_xrays",
 ]

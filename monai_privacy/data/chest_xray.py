@@ -120,7 +120,7 @@ def read_chest_xrays(source: str | os.PathLike[str]) -> ChestXRaySource:
     found = _reader(path)(path)
     if not found.records:
         raise ValueError(
-            f"source {path} ({found.layout}) holds no images, so there is nothing to learn. Check the path."
+            f"source {path} ({found.layout} layout) holds no images, so there is nothing to learn from. Check the path."
         )
     labels = {record["label"] for record in found.records}
     if len(labels) == 1:
@@ -441,7 +441,7 @@ def _pixel_problem(path: Path, header: FileDataset, start: int, tag: bytes) -> s
     if not get_decoder(syntax).is_available:
         return f"no installed package decodes {syntax.name} (install pylibjpeg with its plugins, or gdcm)"
     bits = header.Rows * header.Columns * header.get("SamplesPerPixel", 1) * header.BitsAllocated
-    if not syntax.is_compressed and os.path.getsize(path) - start < bits // 8:
+    if not syntax.is_compressed and not syntax.is_deflated and os.path.getsize(path) - start < bits // 8:
         return "it ends before its last pixel"
     return None
 

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class LoadChestXRayd(MapTransform):
         super().__init__(keys, allow_missing_keys)
         self.loader = LoadChestXRay()
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    def __call__(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         loaded = dict(data)
         for key in self.key_iterator(loaded):
             loaded[key] = self.loader(loaded[key])

@@ -151,6 +151,11 @@ def units_of(dataset: Dataset, *, unit: str = "patient", patient_key: str = PATI
     return [_patient_id(record, row, patient_key) for row, record in enumerate(_records_of(dataset))]
 
 
+def count_units(dataset: Dataset, *, unit: str = "patient", patient_key: str = PATIENT_KEY) -> int:
+    """How many privacy units ``dataset`` has; whoever puts this number into a plan makes it public."""
+    return len(set(units_of(dataset, unit=unit, patient_key=patient_key)))
+
+
 def _records_of(dataset: Any) -> Sequence[Any]:
     if isinstance(dataset, Subset):
         records = _records_of(dataset.dataset)

@@ -44,13 +44,15 @@ ages and dates in them are invented. Use them to try software out. Nothing learn
 anything about medicine, nor about the privacy or accuracy to expect on real images.
 
 labels.csv: file, label (0 normal, 1 pneumonia), patient_id.
-Dedicated to the public domain (CC0 1.0).
 """
 
 _MAX_STORED = 4095  # 12 bits
 _IMAGES_A_PATIENT = (0.60, 0.20, 0.10, 0.06, 0.04)  # chance of 1, 2, ... 5 images
 _MONOCHROME1_FRACTION = 0.1
 _DETECTOR_WIDTH_MM = 256.0
+# numpy takes [seed, number] and [seed, number, 0] for the same seed: without these, a patient's first image would
+# repeat the draws of the patient's anatomy.
+_STREAM_PATIENT, _STREAM_IMAGE, _STREAM_LABEL = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def write_synthetic_chest_xrays(
     for patient in _patients(num_patients, seed):
         for image in range(patient.images):
             # A generator for each image: asking for more patients or other sizes leaves the first ones alike.
-            rng = np.random.default_rng([seed, patient.number, image])
+            rng = np.random.default_rng([seed, _STREAM_IMAGE, patient.number, image])
             name = f"images/{len(rows):06d}.dcm"
             dataset = _dicom(patient, image, image_size, seed, rng)
             dataset.save_as(target / name, enforce_file_format=True)
@@ -159,9 +161,9 @@ def write_synthetic_chest_xrays(
 
 def _patients(num_patients: int, seed: int) -> Iterator[_Patient]:
     for number in range(num_patients):
-        rng = np.random.default_rng([seed, number])
+        rng = np.random.default_rng([seed, _STREAM_PATIENT, number])
         # Alternating pairs in random order: half of the patients are ill, whatever their number.
-        first = int(np.random.default_rng([seed, number // 2, 7]).integers(2))
+        first = int(np.random.default_rng([seed, _STREAM_LABEL, number // 2]).integers(2))
         label = first if number % 2 == 0 else 1 - first
         yield _Patient(
             number=number,

@@ -48,4 +48,5 @@ class PrivacyReportHandler:
         Args:
             engine: a :class:`DPSupervisedTrainer`.
         """
-        PrivacyReport.from_ledger(engine.ledger).write(self.output_dir)
+        if engine.state.rank == 0:
+            PrivacyReport.from_ledger(engine.ledger).write(self.output_dir)

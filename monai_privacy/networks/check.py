@@ -77,8 +77,10 @@ _CONVERT = (
 )
 _BATCH_NORM: _Finding = (
     "batch_norm",
-    "batch norm mixes the rows of a batch and writes un-noised statistics of the patients into running_mean and "
-    "running_var; freezing it or calling eval() does not help, since trainers call network.train() each iteration",
+    (
+        "batch norm mixes the rows of a batch and writes un-noised statistics of the patients into running_mean and "
+        "running_var; freezing it or calling eval() does not help, since trainers call network.train() each iteration"
+    ),
     _CONVERT,
 )
 _BATCH_NORM_WITHOUT_STATISTICS: _Finding = (
@@ -101,8 +103,10 @@ _EMA_QUANTIZER: _Finding = (
 # weights, so that a patient's gradient depends on how many rows came before it.
 _SPECTRAL_NORM: _Finding = (
     "spectral_norm",
-    "spectral norm changes the effective weight with each forward call, so that the gradients of one step depend on "
-    "how many rows were drawn and no bound on one patient's contribution holds",
+    (
+        "spectral norm changes the effective weight with each forward call, so that the gradients of one step depend on "
+        "how many rows were drawn and no bound on one patient's contribution holds"
+    ),
     "Call torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.remove_spectral_norm",
 )
 _PARALLEL: _Finding = (

@@ -45,7 +45,8 @@ class _ResidualBlock(nn.Module):
         self.norm2 = _group_norm(out_channels, num_groups)
         self.act = get_act_layer(act)
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
+        # The one stage of stride 1 follows a stem of its own width.
+        if stride != 1:
             self.shortcut = nn.Sequential(
                 conv(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
                 _group_norm(out_channels, num_groups),

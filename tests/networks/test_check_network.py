@@ -92,6 +92,15 @@ def test_problems_are_found_in_any_mode(name: str, training: bool) -> None:
     assert kind == KINDS.get(name, name)
 
 
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), frozen(nn.BatchNorm2d(4))])
+def test_reason_says_whether_statistics_leak(layer: nn.Module) -> None:
+    assert "running_mean" in check_network(layer)[0].reason
+    assert "method='fold'" in check_network(layer)[0].remedy
+    without = nn.BatchNorm2d(4, track_running_stats=False).train(layer.training)
+    assert "running_mean" not in check_network(without)[0].reason
+    assert "method='fold'" not in check_network(without)[0].remedy
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_old_spectral_norm_is_found_and_weight_norm_is_not() -> None:
     assert problems_of(nn.utils.spectral_norm(nn.Linear(4, 4))) == [("1.0", "spectral_norm")]
@@ -166,7 +175,8 @@ def test_error_names_each_layer_and_each_kind_once() -> None:
     text = str(error.value)
     assert text.startswith("Sequential cannot be trained privately. 0, 2: batch norm mixes the rows")
     assert text.count("convert_batch_norm(network)") == 1
-    assert "3: this wrapper" in text and "network.module" in text
+    assert "3: this wrapper" in text
+    assert "network.module" in text
     assert "\n" not in text
 
 
@@ -200,7 +210,7 @@ class Writer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.in_place += x.sum()
-            self.assigned = self.assigned + x.sum()
+            self.register_buffer("assigned", self.assigned + x.sum(), persistent=True)
             self.from_none = x.sum()
             self.resized.resize_(3).fill_(1.0)
             self.to_none = None
@@ -225,7 +235,8 @@ def test_all_writes_are_found_and_undone(fails: bool) -> None:
     random_state = torch.get_rng_state()
 
     def forward() -> None:
-        assert all(m.training for m in network.modules()) and not torch.is_grad_enabled()
+        assert all(m.training for m in network.modules())
+        assert not torch.is_grad_enabled()
         network["norm"](network["writer"](torch.rand(3, 2) + 1))
         if fails:
             raise RuntimeError("out of memory")

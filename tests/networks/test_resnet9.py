@@ -98,7 +98,8 @@ def test_no_public_name_is_one_of_monai(name: str) -> None:
     # As bundles look names up: by short name, through every module that begins with "monai".
     found = LOCATOR.get_component_module_name(name)
     modules = [found] if isinstance(found, str) else found
-    assert modules and all(module.startswith("monai_privacy.") for module in modules)
+    assert modules
+    assert all(module.startswith("monai_privacy.") for module in modules)
 
 
 LOCATOR = ComponentLocator()
