@@ -90,7 +90,12 @@ def run(data: Path, seed: int, epsilon: float | None, console: Console) -> dict[
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sizes = prepare(data, folder, seed)
-        common = {"bundle_root": str(BUNDLE), "dataset_dir": str(folder), "output_dir": str(folder / "out"), "seed": seed}
+        common = {
+            "bundle_root": str(BUNDLE),
+            "dataset_dir": str(folder),
+            "output_dir": str(folder / "out"),
+            "seed": seed,
+        }
         train, overlay = BUNDLE / "configs" / "train.yaml", BUNDLES / "overlays" / "dp_sgd.yaml"
         # Nothing looks at images outside training: no validation, only the last network is kept.
         keep_last = {
@@ -100,18 +105,13 @@ def run(data: Path, seed: int, epsilon: float | None, console: Console) -> dict[
             "save_final": True,
             "final_filename": "model.pt",
         }
-        private = {} if epsilon is None else {"epsilon": epsilon, "delta": DELTA}
+        private: dict[str, Any] = {} if epsilon is None else {"epsilon": epsilon, "delta": DELTA}
         progress = PrivacyProgressHandler(f"seed {seed}, ε {epsilon or 'none'}", console)
         began = time.perf_counter()
-        train_bundle(
-            [train] if epsilon is None else [train, overlay],
-            handlers=[progress],
-            **common,
-            **private,
-            **{"train#handlers": [keep_last]},
-        )
+        configs = [train] if epsilon is None else [train, overlay]
+        train_bundle(configs, common | private | {"train#handlers": [keep_last]}, handlers=[progress])
         seconds = time.perf_counter() - began
-        scores = score_bundle([train, BUNDLE / "configs" / "evaluate.yaml"], **common)
+        scores = score_bundle([train, BUNDLE / "configs" / "evaluate.yaml"], common)
         datalist = json.loads((folder / "datalist.json").read_text(encoding="utf-8"))
         result = {
             "seed": seed,
@@ -174,7 +174,9 @@ def main() -> None:
             if (seed, epsilon) not in done:
                 results.append(run(options.data, seed, epsilon, console))
                 options.output.parent.mkdir(parents=True, exist_ok=True)
-                options.output.write_text(json.dumps(machine(options) | {"results": results}, indent=1), encoding="utf-8")
+                options.output.write_text(
+                    json.dumps(machine(options) | {"results": results}, indent=1), encoding="utf-8"
+                )
     print(table(results))
 
 

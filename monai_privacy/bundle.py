@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,19 @@ class Scores:
 
 
 def train_bundle(
-    configs: Sequence[Path], *, handlers: Sequence[Any] = (), logging_file: str | bool = False, **overrides: Any
+    configs: Sequence[Path],
+    overrides: Mapping[str, Any],
+    *,
+    handlers: Sequence[Any] = (),
+    logging_file: str | bool = False,
 ) -> SupervisedTrainer:
     """Train as ``monai.bundle run`` does, with these config files and overrides.
 
     Args:
         configs: config files, the bundle's own first.
+        overrides: values for config ids, such as ``{"epochs": 3}``.
         handlers: more handlers for the trainer.
         logging_file: see ``monai.bundle.ConfigWorkflow``.
-        overrides: values for config ids, such as ``epochs=3``.
 
     Returns:
         The trainer, after the run.
@@ -62,7 +66,7 @@ def train_bundle(
     return trainer
 
 
-def score_bundle(configs: Sequence[Path], *, logging_file: str | bool = False, **overrides: Any) -> Scores:
+def score_bundle(configs: Sequence[Path], overrides: Mapping[str, Any], *, logging_file: str | bool = False) -> Scores:
     """Evaluate as ``monai.bundle run`` does and return labels and scores; see :func:`train_bundle` for arguments."""
     workflow = _workflow("train", configs, logging_file, overrides)
     workflow.initialize()
@@ -71,7 +75,8 @@ def score_bundle(configs: Sequence[Path], *, logging_file: str | bool = False, *
     values: list[float] = []
 
     def collect(engine: Engine) -> None:
-        for output in engine.state.output:
+        outputs: list[dict[str, Any]] = engine.state.output  # type: ignore[assignment]
+        for output in outputs:
             labels.append(int(output["label"].argmax()))
             values.append(float(output["pred"][1]))
 
@@ -82,7 +87,7 @@ def score_bundle(configs: Sequence[Path], *, logging_file: str | bool = False, *
 
 
 def _workflow(
-    kind: str, configs: Sequence[Path], logging_file: str | bool, overrides: dict[str, Any]
+    kind: str, configs: Sequence[Path], logging_file: str | bool, overrides: Mapping[str, Any]
 ) -> ConfigWorkflow:
     return ConfigWorkflow(
         config_file=[str(path) for path in configs], workflow_type=kind, logging_file=logging_file, **overrides

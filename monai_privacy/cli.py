@@ -103,12 +103,26 @@ def demo(
     delta: Delta = 1e-5,
     output: Annotated[Path, typer.Option(help="Folder for models, report and picture.")] = Path("demo_output"),
     epochs: Annotated[int | None, typer.Option(help="Epochs; the bundle's own number where not given.")] = None,
+    expected_batch_size: Annotated[
+        int | None, typer.Option(help="Patients that a step draws on average; 28 % of them where not given.")
+    ] = None,
+    ledger: Annotated[Path | None, typer.Option(help="A standing ledger of these patients.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the split by patient and of the initial weights.")] = 0,
 ) -> None:
     """Train the chest X-ray bundle with and without privacy, and compare."""
     from monai_privacy.demo import run_demo
 
-    run_demo(data=data, epsilon=epsilon, delta=delta, output=output, epochs=epochs, seed=seed, console=Console())
+    run_demo(
+        data=data,
+        epsilon=epsilon,
+        delta=delta,
+        output=output,
+        epochs=epochs,
+        expected_batch_size=expected_batch_size,
+        ledger=ledger,
+        seed=seed,
+        console=Console(),
+    )
 
 
 def main() -> None:
@@ -116,7 +130,7 @@ def main() -> None:
     # A user reads our own warnings as one line, and not those of the libraries below us.
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", module=r"monai_privacy\..*")
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         app()
     except KeyboardInterrupt:

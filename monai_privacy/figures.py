@@ -50,15 +50,14 @@ def save_training_figure(
     figure.suptitle(title)
     for colour, (name, (labels, values)) in zip(_COLOURS, scores.items(), strict=False):
         false_positive, true_positive, _ = roc_curve(labels, values)
-        left.plot(
-            false_positive, true_positive, color=colour, label=f"{name}, AUC {roc_auc_score(labels, values):.3f}"
-        )
+        left.plot(false_positive, true_positive, color=colour, label=f"{name}, AUC {roc_auc_score(labels, values):.3f}")
     left.plot([0, 1], [0, 1], color="0.7", linestyle=":", label="chance")
     left.set(xlabel="false-positive rate", ylabel="true-positive rate", title="test patients", aspect="equal")
     left.legend(loc="lower right", frameon=False)
     epochs = np.arange(len(epsilon_by_epoch) + 1)
     right.plot(epochs, [0.0, *epsilon_by_epoch], color=_COLOURS[1], marker=".")
     right.set(xlabel="epoch", ylabel=f"ε at δ = {delta:g}", title="privacy spent", xlim=(0, None), ylim=(0, None))
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.grid(alpha=0.3)
     target = Path(path)
     figure.savefig(target, dpi=130)

@@ -23,9 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from monai_privacy.accounting import accountants
+from monai_privacy.accounting.events import composed
 from monai_privacy.accounting.ledger import LedgerEntry, PrivacyLedger
 
 _GROUP_SIZES = (2, 5, 10)
+# Above this ε "learns little" would be a lie.
+_LARGEST_MEANINGFUL_EPSILON = 10.0
 _NOT_COVERED = (
     "hyper-parameters that were chosen by looking at these patients",
     "that the cohort exists, and who is in it by other sources",
@@ -66,7 +69,7 @@ class PrivacyReport:
         epsilon: ε at ``delta`` of everything on the ledger together; None where nothing holds.
         delta: the δ of the claim: the budget's, else the largest of the runs.
         accountant: whose bound ε is.
-        bounds: both valid bounds.
+        bounds: both valid bounds; None where nothing holds.
         budget: what the cohort may spend, where a budget was set.
         group_epsilon: for image-level runs, ε for a patient with that many images; None where nothing holds.
         entries: the runs.
@@ -105,19 +108,25 @@ class PrivacyReport:
         if not entries:
             return cls(name, "nothing released", None, None, None, None, {}, asdict(budget) if budget else None, {}, ())
         delta = budget.delta if budget else max(entry.delta for entry in entries)
-        bounds = ledger.epsilon_bounds(delta)
-        is_image = entries[0].unit == "image"
-        sizes = _GROUP_SIZES if is_image else ()
+        # Of these entries, not of the ledger: another process may be adding to it.
+        event = composed(entry.event for entry in entries)
+        bounds = accountants.epsilon_bounds(event, delta)
+        holds = math.isfinite(bounds.epsilon) and not any(entry.not_private for entry in entries)
+        sizes = _GROUP_SIZES if entries[0].unit == "image" else ()
+        groups = {k: _finite(accountants.group_epsilon(event, delta, k)) if holds else None for k in sizes}
         return cls(
             ledger=name,
-            status=_status(entries),
+            status=_status(entries) if holds else "not private",
             unit=entries[0].unit,
-            epsilon=_finite(ledger.epsilon(delta)),
+            epsilon=bounds.epsilon if holds else None,
             delta=delta,
-            accountant=bounds.accountant,
-            bounds={"pld": _finite(bounds.pld), "rdp": _finite(bounds.rdp)},
+            accountant=bounds.accountant if holds else None,
+            bounds={
+                "pld": _finite(bounds.pld) if holds else None,
+                "rdp": _finite(bounds.rdp) if holds else None,
+            },
             budget=asdict(budget) if budget else None,
-            group_epsilon={k: _finite(accountants.group_epsilon(ledger.event, delta, k)) for k in sizes},
+            group_epsilon=groups,
             entries=tuple(_report_entry(entry) for entry in entries),
         )
 
@@ -130,11 +139,11 @@ class PrivacyReport:
         if self.epsilon is None or self.delta is None:
             return f"No privacy is claimed{': ' + reasons if reasons else ''}."
         released = "the trained network" if len(self.entries) == 1 else f"all {len(self.entries)} runs together"
-        factor = math.exp(self.epsilon)
+        learns = "learns little" if self.epsilon <= _LARGEST_MEANINGFUL_EPSILON else "may learn"
         whose = "any one patient's data were" if self.unit == "patient" else "any one image was"
         text = (
-            f"Whoever sees {released} learns little about whether {whose} used: the odds change by a factor of at most "
-            f"{factor:.3g} (ε = {self.epsilon:.2f}), but for a chance of δ = {self.delta:g}."
+            f"Whoever sees {released} {learns} about whether {whose} used: the odds change by a factor of at most "
+            f"{_factor(self.epsilon)} (ε = {_rounded_up(self.epsilon, 2)}), but for a chance of δ = {self.delta:g}."
         )
         if self.unit == "image":
             text += " This protects single images: a patient with several images is protected less, or hardly at all."
@@ -182,9 +191,9 @@ def _claim_table(report: PrivacyReport) -> list[str]:
     rows: list[tuple[str, str]] = [
         ("unit", str(report.unit)),
         ("relation", report.relation),
-        ("ε", "none" if report.epsilon is None else f"{report.epsilon:.4f}"),
+        ("ε", _say(report.epsilon)),
         ("δ", f"{report.delta:g}"),
-        ("accountant", str(report.accountant)),
+        ("accountant", report.accountant or "none"),
         ("upper bounds", ", ".join(f"{name.upper()} {_say(value)}" for name, value in report.bounds.items())),
     ]
     if report.budget:
@@ -213,7 +222,21 @@ def _bullets(items: Mapping[str, None], otherwise: str) -> list[str]:
 
 
 def _say(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
+    return "none" if value is None else _rounded_up(value, 4)
+
+
+def _rounded_up(value: float, decimals: int) -> str:
+    """A bound may be stated larger than it is, never smaller."""
+    scale = 10**decimals
+    return f"{math.ceil(value * scale - 1e-6) / scale:.{decimals}f}"
+
+
+def _factor(epsilon: float) -> str:
+    """e^ε, rounded up to three digits, or to a power of ten where it is astronomical."""
+    if epsilon > 50:
+        return f"10^{math.ceil(epsilon / math.log(10))}"
+    scale = 10.0 ** (math.floor(epsilon / math.log(10)) - 2)
+    return f"{math.ceil(math.exp(epsilon) / scale - 1e-6) * scale:.3g}"
 
 
 def _finite(value: float) -> float | None:
@@ -221,8 +244,6 @@ def _finite(value: float) -> float | None:
 
 
 def _status(entries: tuple[LedgerEntry, ...]) -> str:
-    if any(entry.not_private for entry in entries):
-        return "not private"
     if any(item.startswith("training") for entry in entries for item in entry.unnoised):
         return "formal for the network alone"
     return "formal, with assumptions"

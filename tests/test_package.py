@@ -34,7 +34,7 @@ LAYERS = [
     ["data", "plan", "report", "distributed"],
     ["engines"],
     ["handlers"],
-    ["figures", "errors"],
+    ["figures", "errors", "bundle"],
     ["demo"],
     ["cli"],
     ["__main__", "__init__"],

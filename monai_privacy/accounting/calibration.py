@@ -58,12 +58,14 @@ def _solve(cost: Callable[[float], float], target: float, *, low: float, high: f
     known: dict[float, float] = {}
 
     def excess(log_sigma: float) -> float:
-        value = cost(math.exp(log_sigma))
-        known[math.exp(log_sigma)] = value
+        sigma = math.exp(log_sigma)
+        value = known[sigma] = cost(sigma)
         # Aim at the middle of the tolerated band, so that a coarse solution still lies in it.
         return math.log(max(value, 1e-12)) - math.log(target * (1 - _TOLERANCE / 2))
 
     if excess(math.log(high)) > 0:
+        if min(known.values()) <= target:
+            return max(known)
         raise ValueError(
             f"epsilon {target:g} needs a noise multiplier above {high:g}. Take fewer steps, a smaller expected batch "
             "size or a larger epsilon."

@@ -56,7 +56,7 @@ def leaves(event: DpEvent, count: int = 1) -> dict[DpEvent, int]:
     """How often each elementary release occurs in ``event``.
 
     Raises:
-        ValueError: for a kind of event that no accountant of this package can judge.
+        ValueError: for a kind of event that no accountant of this package can judge, or numbers out of range.
     """
     counts: dict[DpEvent, int] = {}
     for leaf, times in _walk(event, count):
@@ -65,40 +65,48 @@ def leaves(event: DpEvent, count: int = 1) -> dict[DpEvent, int]:
 
 
 def _walk(event: DpEvent, count: int) -> Iterable[tuple[DpEvent, int]]:
-    if isinstance(event, dp_event.ComposedDpEvent):
+    if type(event) is dp_event.ComposedDpEvent:
         for child in event.events:
             yield from _walk(child, count)
-    elif isinstance(event, dp_event.SelfComposedDpEvent):
-        yield from _walk(event.event, count * event.count)
-    elif isinstance(event, dp_event.GaussianDpEvent) or _is_poisson_gaussian(event):
-        yield event, count
-    elif not isinstance(event, dp_event.NoOpDpEvent):
-        raise ValueError(
-            f"{type(event).__name__} is no event that this version can account for: use a Gaussian release or "
-            "dpsgd_event, alone or composed."
+    elif type(event) is dp_event.SelfComposedDpEvent:
+        yield from _walk(event.event, count * checked_count("count", event.count))
+    elif type(event) is not dp_event.NoOpDpEvent:
+        yield _checked_leaf(event), count
+
+
+def _checked_leaf(event: DpEvent) -> DpEvent:
+    # Types are compared exactly: a subclass may mean another mechanism.
+    if type(event) is dp_event.GaussianDpEvent:
+        return dp_event.GaussianDpEvent(checked_positive("noise_multiplier", event.noise_multiplier))
+    if type(event) is dp_event.PoissonSampledDpEvent and type(event.event) is dp_event.GaussianDpEvent:
+        return dp_event.PoissonSampledDpEvent(
+            checked_sample_rate(event.sampling_probability), _checked_leaf(event.event)
         )
-
-
-def _is_poisson_gaussian(event: DpEvent) -> bool:
-    return isinstance(event, dp_event.PoissonSampledDpEvent) and isinstance(event.event, dp_event.GaussianDpEvent)
+    raise ValueError(
+        f"{type(event).__name__} is no event that this version can account for: use a Gaussian release or "
+        "dpsgd_event, alone or composed."
+    )
 
 
 # An allow-list: loading a ledger must never import or construct what a file names.
 def event_to_dict(event: DpEvent) -> dict[str, Any]:
-    """``event`` as plain JSON; raises ValueError for a kind that is not on the allow-list."""
-    if isinstance(event, dp_event.GaussianDpEvent):
-        return {"kind": "gaussian", "noise_multiplier": float(event.noise_multiplier)}
-    if isinstance(event, dp_event.PoissonSampledDpEvent):
+    """``event`` as plain JSON; raises ValueError for a kind that is not on the allow-list, or numbers out of range."""
+    if type(event) is dp_event.SelfComposedDpEvent:
         return {
-            "kind": "poisson_sampled",
-            "sample_rate": float(event.sampling_probability),
+            "kind": "repeated",
+            "count": checked_count("count", event.count),
             "event": event_to_dict(event.event),
         }
-    if isinstance(event, dp_event.SelfComposedDpEvent):
-        return {"kind": "repeated", "count": int(event.count), "event": event_to_dict(event.event)}
-    if isinstance(event, dp_event.ComposedDpEvent):
+    if type(event) is dp_event.ComposedDpEvent and event.events:
         return {"kind": "composed", "events": [event_to_dict(child) for child in event.events]}
-    raise ValueError(f"{type(event).__name__} has no ledger form: use a Gaussian release or dpsgd_event.")
+    leaf = _checked_leaf(event)
+    if isinstance(leaf, dp_event.GaussianDpEvent):
+        return {"kind": "gaussian", "noise_multiplier": leaf.noise_multiplier}
+    return {
+        "kind": "poisson_sampled",
+        "sample_rate": leaf.sampling_probability,
+        "event": event_to_dict(leaf.event),
+    }
 
 
 def event_from_dict(data: Mapping[str, Any]) -> DpEvent:
@@ -108,13 +116,12 @@ def event_from_dict(data: Mapping[str, Any]) -> DpEvent:
         if kind == "gaussian":
             return dp_event.GaussianDpEvent(checked_positive("noise_multiplier", data["noise_multiplier"]))
         if kind == "poisson_sampled":
-            return dp_event.PoissonSampledDpEvent(
-                checked_sample_rate(data["sample_rate"]), event_from_dict(data["event"])
-            )
+            return _checked_leaf(dp_event.PoissonSampledDpEvent(data["sample_rate"], event_from_dict(data["event"])))
         if kind == "repeated":
             return dp_event.SelfComposedDpEvent(event_from_dict(data["event"]), checked_count("count", data["count"]))
-        if kind == "composed":
+        # Never empty: a step that releases nothing would be free.
+        if kind == "composed" and isinstance(data["events"], list) and data["events"]:
             return composed(event_from_dict(child) for child in data["events"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{data!r} is no event of this package ({error!r}): the record is damaged.") from error
-    raise ValueError(f"{kind!r} is no kind of event that this version knows: update monai-privacy to read it.")
+    raise ValueError(f"{data!r} is no event that this version knows: update monai-privacy to read it.")

@@ -26,7 +26,7 @@ from dp_accounting.dp_event import DpEvent
 from monai_privacy.accounting import accountants
 from monai_privacy.accounting.accountants import EpsilonBounds, affordable_steps
 from monai_privacy.accounting.events import composed, event_from_dict, event_to_dict
-from monai_privacy.accounting.ledger_file import LedgerError, LedgerFile
+from monai_privacy.accounting.ledger_file import RESTORE, LedgerError, LedgerFile
 from monai_privacy.accounting.values import PrivacyBudget, PrivacyBudgetError, checked_count, checked_delta
 
 _FORMAT = 1
@@ -84,7 +84,8 @@ class PrivacyLedger:
         LedgerError: where the file is damaged, unreadable or of an unknown version.
         ValueError: for a budget other than the one in the file.
 
-    Guarantee: no step is recorded that would take the cohort past the budget, or a run past its planned steps.
+    Guarantee: no step is recorded that would take the cohort past the budget, or a run past its planned steps. A run
+    that carries no guarantee fits no budget.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, budget: PrivacyBudget | None = None) -> None:
@@ -138,9 +139,10 @@ class PrivacyLedger:
 
     def epsilon(self, delta: float) -> float:
         """ε at ``delta`` of everything released on this cohort; inf where a recorded run carries no guarantee."""
-        if any(entry.steps and entry.not_private for entry in self.entries):
+        entries = [entry for entry in self.entries if entry.steps]
+        if any(entry.not_private for entry in entries):
             return math.inf
-        return accountants.epsilon(self.event, delta)
+        return accountants.epsilon(composed(entry.event for entry in entries), delta)
 
     def epsilon_bounds(self, delta: float) -> EpsilonBounds:
         """Both bounds behind :meth:`epsilon`, of the mechanisms as recorded."""
@@ -161,11 +163,9 @@ class PrivacyLedger:
         """Write a new run into the ledger and return its name; releases nothing.
 
         Raises:
-            PrivacyBudgetError: where not even one step fits the budget.
+            PrivacyBudgetError: where not even one step fits the budget, as none does of a run that is not private.
             ValueError: for values out of range, or a unit other than that of the runs before.
         """
-        if unit not in UNITS:
-            raise ValueError(f"unit is {unit!r}, but it must be one of {', '.join(UNITS)}.")
         record = {
             "kind": "begin",
             "entry": uuid.uuid4().hex,
@@ -183,7 +183,7 @@ class PrivacyLedger:
             self._refresh()
             self._check_unit(unit)
             if self._steps_within_budget(entry) < 1:
-                raise PrivacyBudgetError(self._spent_message())
+                raise PrivacyBudgetError(self._spent_message(entry))
             self._append(record)
         return entry.entry_id
 
@@ -210,7 +210,7 @@ class PrivacyLedger:
                     f"entry {entry_id[:8]} of {self.path} has recorded all {entry.planned_steps} planned steps: nothing "
                     "was released. Plan more steps in a new run."
                     if entry.steps >= entry.planned_steps
-                    else self._spent_message()
+                    else self._spent_message(entry)
                 )
             self._append({"kind": "step", "entry": entry_id, "step": entry.steps + 1})
             return entry.steps + 1
@@ -222,18 +222,24 @@ class PrivacyLedger:
         """The most steps, recorded ones included, that the budget allows this run beside the others."""
         if self._budget is None:
             return entry.planned_steps
-        others = tuple((e.entry_id, e.steps) for e in self._entries.values() if e.entry_id != entry.entry_id)
+        others = [e for e in self._entries.values() if e.entry_id != entry.entry_id and e.steps]
+        if entry.not_private or any(e.not_private for e in others):
+            return 0
         # Solved once, and again only when another run on this ledger has moved.
-        key = (entry.step, entry.planned_steps, others)
-        if self._allowed[0] != key:
-            spent = [e.event for e in self._entries.values() if e.entry_id != entry.entry_id and e.steps]
-            steps = affordable_steps(
-                entry.step, self._budget, spent=composed(spent) if spent else None, at_most=entry.planned_steps
-            )
+        key = (entry.step, entry.planned_steps, [(e.entry_id, e.steps) for e in others])
+        known, steps = self._allowed
+        if known != key:
+            spent = composed(e.event for e in others)
+            steps = affordable_steps(entry.step, self._budget, spent=spent, at_most=entry.planned_steps)
             self._allowed = (key, steps)
-        return self._allowed[1]
+        return steps
 
-    def _spent_message(self) -> str:
+    def _spent_message(self, entry: LedgerEntry) -> str:
+        if entry.not_private:
+            return (
+                f"the run is not private ({'; '.join(entry.not_private)}), so it does not fit the budget "
+                f"{_say(self._budget)} of {self.path}: nothing was released. Debug with a ledger that has no budget."
+            )
         return (
             f"the budget {_say(self._budget)} of {self.path} is spent: the next step does not fit, so nothing was "
             "released. Ask the cohort's data steward; a new ledger for the same patients would hide what they lost."
@@ -265,7 +271,8 @@ class PrivacyLedger:
 
     def _append(self, record: dict[str, Any]) -> None:
         self._file.append(record)
-        self._apply(record)
+        # Read back, not applied: an interrupt anywhere leaves this object with what the file says, or less of it.
+        self._refresh()
 
     def _apply(self, record: Mapping[str, Any]) -> None:
         try:
@@ -276,13 +283,11 @@ class PrivacyLedger:
                 self._entries[record["entry"]] = _entry_from(record)
             elif kind == "step" and record["step"] == self._entries[record["entry"]].steps + 1:
                 entry = self._entries[record["entry"]]
-                self._entries[entry.entry_id] = replace(entry, steps=record["step"])
+                self._entries[entry.entry_id] = replace(entry, steps=entry.steps + 1)
             else:
                 raise ValueError(f"{kind!r} is not expected here")
-        except (KeyError, TypeError, ValueError) as error:
-            raise LedgerError(
-                f"{self.path}: {dict(record)!r} cannot be read ({error}). Restore it from a copy."
-            ) from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise LedgerError(f"{self.path}, line {record['line']}: it cannot be read ({error}). {RESTORE}") from error
 
     def _apply_open(self, record: Mapping[str, Any]) -> None:
         if record["format"] != _FORMAT:
@@ -292,6 +297,8 @@ class PrivacyLedger:
 
 
 def _entry_from(record: Mapping[str, Any]) -> LedgerEntry:
+    if record["unit"] not in UNITS:
+        raise ValueError(f"unit is {record['unit']!r}, but it must be one of {', '.join(UNITS)}.")
     return LedgerEntry(
         entry_id=record["entry"],
         unit=record["unit"],

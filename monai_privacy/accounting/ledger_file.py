@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 _NO_LINE_BEFORE = "0" * 64
+RESTORE = "Restore its newest copy; an older one would forget releases."
 
 
 class LedgerError(RuntimeError):
@@ -34,17 +36,20 @@ class LedgerError(RuntimeError):
 class LedgerFile:
     """JSON lines that can only be added to.
 
-    Each line carries its number and the SHA-256 of the line before it, so that a changed, dropped, swapped or inserted
-    line is noticed. ``append`` returns only once the line is on the disk. A line that a crash cut short was never
-    acknowledged, so nothing was released under it: it is cut off before the next line is added.
+    Each line carries its number and the SHA-256 of the line before it, so that a line that was changed, dropped, swapped
+    or inserted before others is noticed. The last lines have nothing after them: whoever puts back an older copy of the
+    whole file is noticed only by those that have it open. ``append`` returns only once the line is on the disk. A line
+    that a crash cut short was never acknowledged, so nothing was released under it: it is cut off before the next line
+    is added.
 
     Args:
-        path: the file; it and its folder are created where missing.
+        path: the file; it and its folder are created where missing. Links are followed, so that all names of a file
+            share one lock.
         lock_timeout: seconds to wait for another process that is writing.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, lock_timeout: float = 60.0) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.realpath(path))
         self._lock_timeout = lock_timeout
         self._offset = 0
         self._count = 0
@@ -53,7 +58,7 @@ class LedgerFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LedgerError(
-                f"{self.path.parent} cannot hold a ledger: {error.strerror}. Name another folder."
+                f"{self.path.parent} cannot hold a ledger: {error.strerror}. Name another folder; nothing was released."
             ) from error
 
     @contextmanager
@@ -74,39 +79,32 @@ class LedgerFile:
         finally:
             lock.release()
 
-    def read_new(self) -> list[dict[str, Any]]:
-        """The lines added, by whomever, since the last call; call it while holding the lock.
+    def read_new(self) -> Iterator[dict[str, Any]]:
+        """The lines added, by whomever, since they were last read; call it while holding the lock.
+
+        A line counts as read when the next one is asked for: one that its reader could not use comes again.
 
         Raises:
             LedgerError: naming the first line that was changed, dropped, swapped, inserted, or is no JSON.
         """
-        try:
-            with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self._offset:
-                    raise LedgerError(
-                        f"{self.path} has become shorter since it was read: lines were removed. Restore it from a copy."
-                    )
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            if self._offset:
-                raise LedgerError(f"{self.path} has vanished. Restore it from a copy; nothing was released.") from None
-            return []
-        except OSError as error:
-            raise self._failure("read", error) from error
-        records = []
-        for line in data.splitlines(keepends=True):
-            if not line.endswith(b"\n"):  # cut short by a crash before it was acknowledged
-                break
-            records.append(self._checked(line))
-            self._advance(line)
-        return records
+        # Not splitlines: it would end a line at a stray carriage return, and all after it would pass for cut short.
+        *lines, last = self._unread().split(b"\n")
+        for line in lines:
+            yield self._checked(line + b"\n")
+            self._advance(line + b"\n")
+        if _is_json(last):
+            # Whole but for its end, as some editors leave it: it may have been acknowledged, so it counts.
+            record = self._checked(last + b"\n")
+            self._end_line()
+            yield record
+            self._advance(last + b"\n")
+        else:
+            self._check_cut_short(last)
 
-    def append(self, record: dict[str, Any]) -> dict[str, Any]:
+    def append(self, record: dict[str, Any]) -> None:
         """Add one line and wait until it is on the disk; call it while holding the lock, after ``read_new``.
 
-        Returns:
-            The line as written, with its number, time and the hash of the line before it.
+        ``read_new`` gives the line back.
 
         Raises:
             LedgerError: on a full or read-only disk, or a number that is not finite; nothing counts as written.
@@ -121,19 +119,38 @@ class LedgerFile:
             line = (json.dumps(whole, allow_nan=False, separators=(",", ":")) + "\n").encode()
         except (ValueError, TypeError) as error:
             raise LedgerError(f"{record!r} cannot be recorded: {error}. Nothing was released.") from error
-        is_new = not self.path.exists()
         try:
             self._write(line)
-            if is_new:
+            if self._offset == 0:
                 self._sync_folder()
         except OSError as error:
             raise self._failure("written", error) from error
-        self._advance(line)
-        return whole
+
+    def _unread(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                if os.fstat(file.fileno()).st_size < self._offset:
+                    raise LedgerError(
+                        f"{self.path} has become shorter since it was read: lines were removed. {RESTORE}"
+                    )
+                file.seek(self._offset)
+                return file.read()
+        except FileNotFoundError:
+            if self._offset:
+                raise LedgerError(f"{self.path} has vanished; nothing was released. {RESTORE}") from None
+            return b""
+        except OSError as error:
+            raise self._failure("read", error) from error
 
     def _write(self, line: bytes) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600)
+        # Made for the first line only: a file that vanished must not come back without its lines.
+        descriptor = os.open(self.path, os.O_RDWR | (0 if self._offset else os.O_CREAT), 0o600)
         try:
+            if b"\n" in os.pread(descriptor, os.fstat(descriptor).st_size, self._offset):
+                raise LedgerError(
+                    f"{self.path} was written to by a process that does not hold {self.path}.lock; nothing was released. "
+                    "Keep the lock file, and the ledger on a disk with file locks."
+                )
             # Drops what a crash, or a full disk, left of an unacknowledged line.
             os.ftruncate(descriptor, self._offset)
             os.lseek(descriptor, self._offset, os.SEEK_SET)
@@ -143,6 +160,14 @@ class LedgerFile:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def _end_line(self) -> None:
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(b"\n")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._failure("written", error) from error
 
     def _sync_folder(self) -> None:
         # Without this a power cut can lose the name of a file whose content is safe.
@@ -155,17 +180,25 @@ class LedgerFile:
     def _checked(self, line: bytes) -> dict[str, Any]:
         number = self._count + 1
         try:
-            record = json.loads(line, parse_constant=_refuse_constant)
-        except ValueError as error:
-            raise LedgerError(
-                f"{self.path}, line {number}: no valid JSON ({error}). Restore it from a copy."
-            ) from error
+            record = json.loads(line, parse_constant=_finite, parse_float=_finite)
+        except (ValueError, RecursionError) as error:
+            raise LedgerError(f"{self.path}, line {number}: no valid JSON ({error}). {RESTORE}") from error
         if not isinstance(record, dict) or record.get("line") != number or record.get("previous") != self._last_hash:
             raise LedgerError(
                 f"{self.path}, line {number}: it does not follow the line before it, so a line was changed, dropped, "
-                "swapped or inserted. Restore it from a copy."
+                f"swapped or inserted. {RESTORE}"
             )
         return record
+
+    def _check_cut_short(self, line: bytes) -> None:
+        """Refuse to overwrite what no crash of ours left, such as a file that is no ledger."""
+        start = b'{"line":%d,' % (self._count + 1)
+        # A power cut may leave zeros where a line was to be.
+        if not start.startswith(line.rstrip(b"\0")[: len(start)]):
+            raise LedgerError(
+                f"{self.path}, line {self._count + 1}: it is neither a line of a ledger nor the beginning of one. Name "
+                f"the right file. {RESTORE}"
+            )
 
     def _advance(self, line: bytes) -> None:
         self._offset += len(line)
@@ -179,5 +212,16 @@ class LedgerFile:
         )
 
 
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number that a ledger may hold")
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no number that a ledger may hold")
+    return value

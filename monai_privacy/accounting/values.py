@@ -64,7 +64,10 @@ def checked_count(name: str, value: SupportsIndex) -> int:
 def _as_float(name: str, value: float) -> float:
     if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
         raise ValueError(f"{name} is {value!r}, but it must be a number.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} is too large for a floating-point number.") from error
 
 
 @dataclass(frozen=True)

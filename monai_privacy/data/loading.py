@@ -158,8 +158,8 @@ def count_units(dataset: Dataset, *, unit: str = "patient", patient_key: str = P
 
 def _records_of(dataset: Any) -> Sequence[Any]:
     if isinstance(dataset, Subset):
-        records = _records_of(dataset.dataset)
-        return [records[index] for index in dataset.indices]
+        whole = _records_of(dataset.dataset)
+        return [whole[index] for index in dataset.indices]
     records = getattr(dataset, "data", None)
     if not isinstance(records, Sequence) or len(records) != len(dataset):
         raise ValueError(
