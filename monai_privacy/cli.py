@@ -91,6 +91,29 @@ def report(
 
 
 @app.command()
+def prepare(
+    data: Annotated[Path, typer.Argument(help="Where the chest X-rays lie; see the demo's --data for the layouts.")],
+    folder: Annotated[Path, typer.Argument(help="The bundle's dataset_dir: datalist.json is written into it.")],
+    seed: Annotated[int, typer.Option(help="Seed of the split by patient.")] = 0,
+    test_fraction: Annotated[float, typer.Option(help="Share of the patients for testing.")] = 0.2,
+    validation_fraction: Annotated[float, typer.Option(help="Share of the patients for validation.")] = 0.1,
+) -> None:
+    """Read chest X-rays and write the datalist of a bundle, split by patient."""
+    from monai_privacy.data import read_chest_xrays, write_datalist
+
+    source = read_chest_xrays(data)
+    path = write_datalist(
+        source, folder, seed=seed, test_fraction=test_fraction, validation_fraction=validation_fraction
+    )
+    counts = json.loads(path.read_text(encoding="utf-8"))["num_patients"]
+    shares = ", ".join(f"{count} for {name}" for name, count in counts.items())
+    kind = "SYNTHETIC images" if source.synthetic else "images"
+    print(f"{path}: {len(source.records)} {kind}; {source.unit}s: {shares}")
+    if source.unit == "image":
+        print("warning: no patient ids, so only single images can be protected: --unit image", file=sys.stderr)
+
+
+@app.command()
 def demo(
     data: Annotated[
         Path | None,

@@ -46,8 +46,18 @@ def run_two(script: str, folder: Path, *, fails: bool = False) -> str:
     """Run ``script`` in two processes under torchrun and return what they wrote."""
     path = folder / "script.py"
     path.write_text(PREAMBLE + textwrap.dedent(script) + "\ndist.destroy_process_group()\n", encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(path), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(path),
+        str(folder),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done.stdout + done.stderr
 

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import pytest
@@ -87,7 +88,8 @@ def test_a_patient_with_more_copies_of_an_image_counts_no_more(tmp_path):
     records = make_records(patients=4, images=1)
     once = update(tmp_path / "one", records=records, plan=everybody(4, max_grad_norm=1e6, noise_multiplier=1e-15))
     thrice = update(
-        tmp_path / "two", records=[*records, records[0], records[0]],
+        tmp_path / "two",
+        records=[*records, records[0], records[0]],
         plan=everybody(4, max_grad_norm=1e6, noise_multiplier=1e-15),
     )
     torch.testing.assert_close(once, thrice, rtol=1e-4, atol=1e-7)
@@ -141,9 +143,9 @@ def test_noise_differs_from_step_to_step_and_parameters_without_gradient_get_it(
     trainer = make_trainer(tmp_path / "ledger", network=network)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(weights(network)))
     trainer.run()
-    steps = [later - earlier for earlier, later in zip(seen, seen[1:], strict=False)]
+    steps = [later - earlier for earlier, later in itertools.pairwise(seen)]
     assert len(steps) == 8
-    for first, second in zip(steps, steps[1:], strict=False):
+    for first, second in itertools.pairwise(steps):
         assert stats.pearsonr(first.numpy(), second.numpy()).pvalue > FALSE_ALARM
 
 
@@ -300,7 +302,8 @@ def test_a_second_run_on_a_spent_ledger_is_refused(tmp_path):
 def test_training_statistics_are_off_unless_asked_for(tmp_path):
     from monai.handlers import ROCAUC, from_engine
 
-    trainer = make_trainer(tmp_path / "ledger", key_train_metric={"auc": ROCAUC(output_transform=from_engine(["pred", "label"]))})
+    metric = ROCAUC(output_transform=from_engine(["pred", "label"]))
+    trainer = make_trainer(tmp_path / "ledger", key_train_metric={"auc": metric})
     outputs = []
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: outputs.append(e.state.output))
     trainer.run()

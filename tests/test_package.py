@@ -83,9 +83,11 @@ def test_no_public_name_repeats_one_of_monai():
                                          "inferers", "apps", "utils", "fl", "bundle", "optimizers"}:  # fmt: skip
             try:
                 loaded = importlib.import_module(module.name)
-            except Exception:  # noqa: BLE001  optional dependencies that are not installed
+            except Exception:  # optional dependencies that are not installed
                 continue
-            taken |= {name for name, value in vars(loaded).items() if inspect.isclass(value) or inspect.isfunction(value)}
+            taken |= {
+                name for name, value in vars(loaded).items() if inspect.isclass(value) or inspect.isfunction(value)
+            }
     ours = set(monai_privacy.__all__)
     for module in pkgutil.walk_packages(monai_privacy.__path__, "monai_privacy."):
         if not module.name.endswith("__main__"):
@@ -107,7 +109,9 @@ def test_every_public_name_exists_and_is_documented():
 
 
 def test_accounting_imports_no_torch():
-    script = "import sys, monai_privacy.accounting, monai_privacy.plan, monai_privacy.report; print('torch' in sys.modules)"
+    script = (
+        "import sys, monai_privacy.accounting, monai_privacy.plan, monai_privacy.report; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -487,8 +487,8 @@ def write_datalist(
 
     Returns:
         The path of ``datalist.json``: ``training``, ``validation`` and ``test`` are lists of ``image``, ``label``
-        (int) and ``patient_id``; a split of fraction 0 has no list. ``unit`` tells what a patient_id stands for,
-        ``num_patients`` how many there are in each split.
+        (int) and, where the source names patients, ``patient_id``; a split of fraction 0 has no list. ``unit`` tells
+        what may be protected, ``num_patients`` how many of those units there are in each split.
 
     Raises:
         ValueError: for fractions that leave no training set, and if a split lacks one of the classes.
@@ -496,7 +496,9 @@ def write_datalist(
     splits = _split(source, seed, test_fraction, validation_fraction)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    key = secrets.token_bytes(32)  # never stored: with it, anybody could find a patient by trying ids
+    # Never stored: with it, anybody could find a patient by trying ids. Without patients there is no id to write: an
+    # image's own number under that name would pass a guarantee for images off as one for patients.
+    key = secrets.token_bytes(32) if source.has_patient_ids else None
     datalist: dict[str, Any] = {
         "name": f"chest X-rays ({source.layout})",
         "description": f"{' or '.join(source.class_names)}, split by {source.unit}; ids are pseudonyms",
@@ -551,7 +553,7 @@ def _fractions(test: float, validation: float) -> dict[str, float]:
     return {"training": 1.0 - test - validation, "validation": validation, "test": test}
 
 
-def _entry(record: Record, index: int, folder: Path, key: bytes) -> Record:
+def _entry(record: Record, index: int, folder: Path, key: bytes | None) -> Record:
     image = record["image"]
     if isinstance(image, np.ndarray):
         name = f"images/{index:06d}.png"
@@ -559,8 +561,10 @@ def _entry(record: Record, index: int, folder: Path, key: bytes) -> Record:
         Image.fromarray(image).save(folder / name, compress_level=1)  # thousands of them: speed before size
     else:
         name = _listed_path(Path(image), folder)
-    pseudonym = hmac.new(key, record["patient_id"].encode(), hashlib.sha256).hexdigest()[:16]
-    return {"image": name, "label": record["label"], "patient_id": pseudonym}
+    entry: Record = {"image": name, "label": record["label"]}
+    if key is not None:
+        entry["patient_id"] = hmac.new(key, record["patient_id"].encode(), hashlib.sha256).hexdigest()[:16]
+    return entry
 
 
 def _listed_path(image: Path, folder: Path) -> str:

@@ -133,11 +133,9 @@ def _load_dicom(path: Path) -> np.ndarray:
 
 def _load_raster(path: Path) -> np.ndarray:
     with Image.open(path) as image:
-        if image.mode == "LA":
-            return np.asarray(image)[..., 0]
         if image.mode == "L" or image.mode.startswith(("I", "F")):  # 16 and 32 bits, which "L" would cut off
             return np.asarray(image)
-        return np.asarray(image.convert("RGB")) @ _LUMA
+        return np.asarray(image.convert("RGB")) @ _LUMA  # drops transparency, looks palettes up
 
 
 def _load_nifti(path: Path) -> np.ndarray:

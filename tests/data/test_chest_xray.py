@@ -480,6 +480,8 @@ def test_medmnist_keeps_its_splits(tmp_path: Path) -> None:
     written = json.loads(path.read_text())
     assert written["unit"] == "image"
     assert written["num_patients"] == dict.fromkeys(SPLITS, 8)
+    # An image's number under the name patient_id would pass a guarantee for images off as one for patients.
+    assert not any("patient_id" in entry for entry in written["training"])
     assert [entry["image"] for entry in written["validation"]] == [f"images/{index:06d}.png" for index in range(8, 16)]
 
 

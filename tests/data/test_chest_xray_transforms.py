@@ -139,11 +139,14 @@ def test_monochrome1_with_sign_and_rescale(tmp_path: Path, xray: Path) -> None:
         np.testing.assert_allclose(LoadChestXRay()(path).numpy()[0], 2.0 * signed.T - 5.0)
 
 
-def test_colour_dicom_becomes_gray(tmp_path: Path, xray: Path) -> None:
+def test_colour_becomes_gray(tmp_path: Path, xray: Path) -> None:
     colour = np.stack([PICTURE, PICTURE // 2, PICTURE // 3], axis=-1)
     options = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "RGB"}
-    loaded = LoadChestXRay()(write_dicom(xray, tmp_path / "rgb.dcm", colour, **options)).numpy()[0]
-    np.testing.assert_allclose(loaded, (colour @ np.array([0.299, 0.587, 0.114])).T, rtol=1e-5)
+    write_dicom(xray, tmp_path / "rgb.dcm", colour, **options)
+    Image.fromarray(colour).save(tmp_path / "rgb.png")
+    for name in ("rgb.dcm", "rgb.png"):
+        loaded = LoadChestXRay()(tmp_path / name).numpy()[0]
+        np.testing.assert_allclose(loaded, (colour @ np.array([0.299, 0.587, 0.114])).T, rtol=1e-5)
     gray = np.stack([PICTURE, np.full_like(PICTURE, 128), np.full_like(PICTURE, 128)], axis=-1)
     options["PhotometricInterpretation"] = "YBR_FULL"
     loaded = LoadChestXRay()(write_dicom(xray, tmp_path / "ybr.dcm", gray, **options)).numpy()[0]

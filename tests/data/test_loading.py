@@ -101,7 +101,7 @@ def test_an_error_in_a_transform_is_raised_and_does_not_end_the_epoch(records):
         raise RuntimeError("unreadable image")
 
     loader = ThreadDataLoader(Dataset(records, broken), batch_size=2)
-    with pytest.raises(RuntimeError, match="unreadable image|applying transform"):
+    with pytest.raises(RuntimeError, match=r"unreadable image|applying transform"):
         load(loader)
 
 

@@ -46,7 +46,9 @@ def test_batch_sizes_have_the_variance_of_a_poisson_draw_and_a_shuffled_loader_d
 
 
 def test_each_patient_is_drawn_at_the_rate():
-    counts = np.bincount([row for rows in PoissonPatientSampler(range(50), sample_rate=0.3, steps=4000) for row in rows])
+    counts = np.bincount(
+        [row for rows in PoissonPatientSampler(range(50), sample_rate=0.3, steps=4000) for row in rows]
+    )
     assert len(counts) == 50
     for count in counts:
         assert stats.binomtest(int(count), 4000, 0.3).pvalue > FALSE_ALARM

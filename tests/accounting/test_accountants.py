@@ -1,0 +1,336 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from dp_accounting.dp_event import DpEvent, GaussianDpEvent, NoOpDpEvent, SelfComposedDpEvent
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_ndtr
+
+from monai_privacy.accounting import (
+    EpsilonBounds,
+    PrivacyBudget,
+    accountants,
+    affordable_steps,
+    dpsgd_event,
+    epsilon,
+    epsilon_bounds,
+)
+from monai_privacy.accounting.accountants import group_epsilon, rdp_epsilon
+from monai_privacy.accounting.events import composed
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "accounting.json").read_text(encoding="utf-8"))["vectors"]
+# Upper bounds may lie above the exact value, and below it by no more than the rounding of their last digits.
+ROUNDING = 1e-6
+
+
+def golden_event(vector: dict) -> DpEvent:
+    return composed(
+        SelfComposedDpEvent(GaussianDpEvent(phase["noise_multiplier"]), phase["steps"])
+        if phase["sample_rate"] is None
+        else dpsgd_event(**phase)
+        for phase in vector["phases"]
+    )
+
+
+def exact_gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
+    """ε of one Gaussian release: Balle and Wang 2018, Theorem 8, solved by bisection."""
+    mu = 1 / noise_multiplier
+
+    def delta_of(eps: float) -> float:
+        near, far = log_ndtr(mu / 2 - eps / mu), eps + log_ndtr(-mu / 2 - eps / mu)
+        return math.exp(near) * -math.expm1(far - near)
+
+    low, high = 0.0, mu * mu / 2 + 40 * mu
+    if delta_of(low) <= delta:
+        return 0.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if delta_of(middle) > delta else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("vector", GOLDEN, ids=lambda vector: vector["id"])
+def test_golden(vector: dict) -> None:
+    bounds = epsilon_bounds(golden_event(vector), vector["delta"])
+    expected = vector["epsilon"]
+    best = expected.get("exact", expected.get("pld"))
+    assert bounds.epsilon == pytest.approx(best, rel=1e-3)
+    assert bounds.pld == pytest.approx(expected.get("pld", best), rel=1e-3)
+    if "rdp" in expected:
+        assert bounds.rdp == pytest.approx(expected["rdp"], rel=1e-6)
+    if "exact" in expected:
+        assert bounds.epsilon >= expected["exact"] * (1 - ROUNDING)
+    if "prv_bracket" in expected:
+        low, high = expected["prv_bracket"]
+        assert low <= bounds.epsilon <= high
+    if "opacus_rdp" in expected:
+        assert bounds.epsilon <= expected["opacus_rdp"]
+    # Both are upper bounds: one of them below the truth would be the claim.
+    assert min(bounds.pld, bounds.rdp) == bounds.epsilon
+
+
+def test_the_closed_form_of_these_tests_is_the_published_one() -> None:
+    singles = [v for v in GOLDEN if "exact" in v["epsilon"] and v["phases"][0]["sample_rate"] is None]
+    assert len(singles) >= 10
+    for vector in singles:
+        (phase,) = vector["phases"]
+        sigma = phase["noise_multiplier"] / math.sqrt(phase["steps"])
+        assert exact_gaussian_epsilon(sigma, vector["delta"]) == pytest.approx(vector["epsilon"]["exact"], rel=1e-9)
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-6, 1e-9, 1e-10, 1e-11, 1e-12, 1e-13, 1e-14, 1e-16, 1e-30, 1e-200])
+@pytest.mark.parametrize(("noise_multiplier", "steps"), [(50.0, 20_000), (10.0, 100), (1000.0, 100_000)])
+def test_full_batches_are_gaussians_and_never_claimed_cheaper(noise_multiplier: float, steps: int, delta: float) -> None:
+    # Without an allowance for the rounding of FFTs, ε of 20,000 steps is 0.7 % too small at δ = 1e-12.
+    event = dpsgd_event(sample_rate=1.0, noise_multiplier=noise_multiplier, steps=steps)
+    exact = exact_gaussian_epsilon(noise_multiplier / math.sqrt(steps), delta)
+    bounds = epsilon_bounds(event, delta)
+    assert bounds.pld >= exact * (1 - ROUNDING)
+    assert bounds.rdp >= exact * (1 - ROUNDING)
+    assert bounds.epsilon <= exact * 1.15
+    if delta >= 1e-9:
+        assert bounds.epsilon <= exact * 1.002
+
+
+def test_a_divergence_that_drowns_in_rounding_is_not_taken_for_none() -> None:
+    # dp-accounting's RDP of this event is negative at some orders. At ε = 0 it needs δ of about 0.4 q/σ = 6e-14.
+    event = dpsgd_event(sample_rate=1.3e-10, noise_multiplier=911.0)
+    assert rdp_epsilon(event, 1e-15) > 0
+    assert epsilon(event, 1e-15) > 0
+
+
+def test_the_claim_is_the_smaller_bound_and_names_its_accountant() -> None:
+    assert EpsilonBounds(delta=1e-5, pld=2.0, rdp=3.0).epsilon == 2.0
+    assert EpsilonBounds(delta=1e-5, pld=3.0, rdp=2.0).epsilon == 2.0
+    assert EpsilonBounds(delta=1e-5, pld=2.0, rdp=3.0).accountant.endswith(" PLD")
+    assert EpsilonBounds(delta=1e-5, pld=math.inf, rdp=2.0).accountant.endswith(" RDP")
+    event = dpsgd_event(sample_rate=0.05, noise_multiplier=4.0, steps=50)
+    bounds = epsilon_bounds(event, 1e-5)
+    assert 0 < bounds.pld < bounds.rdp < math.inf
+    assert bounds.rdp == rdp_epsilon(event, 1e-5)
+    assert epsilon(event, 1e-5) == bounds.epsilon == bounds.pld
+
+
+@pytest.mark.parametrize("event", [composed([]), NoOpDpEvent(), composed([NoOpDpEvent(), composed([])])])
+def test_nothing_costs_nothing(event: DpEvent) -> None:
+    assert epsilon_bounds(event, 1e-5) == EpsilonBounds(delta=1e-5, pld=0.0, rdp=0.0)
+
+
+@pytest.mark.parametrize("delta", [0, 1, 1.5, -1e-5, math.nan, math.inf, 5e-324, True, "1e-5", None])
+def test_bad_delta(delta: object) -> None:
+    event = GaussianDpEvent(1.0)
+    for make in (
+        lambda: epsilon(event, delta),  # type: ignore[arg-type]
+        lambda: epsilon(NoOpDpEvent(), delta),  # type: ignore[arg-type]
+        lambda: rdp_epsilon(event, delta),  # type: ignore[arg-type]
+        lambda: group_epsilon(event, delta, 2),  # type: ignore[arg-type]
+        lambda: PrivacyBudget(1.0, delta),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match="delta is"):
+            make()
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "3", None])
+def test_bad_epsilon_of_a_budget(value: object) -> None:
+    with pytest.raises(ValueError, match="epsilon is"):
+        PrivacyBudget(value, 1e-5)  # type: ignore[arg-type]
+
+
+RUNS = st.builds(
+    dpsgd_event,
+    sample_rate=st.sampled_from([0.02, 0.3]),
+    noise_multiplier=st.sampled_from([3.0, 8.0]),
+    steps=st.integers(1, 200),
+)
+RELEASES = RUNS | st.builds(GaussianDpEvent, st.sampled_from([3.0, 30.0]))
+
+
+@settings(max_examples=6, deadline=None)
+@given(parts=st.lists(RELEASES, min_size=1, max_size=3))
+def test_bounds_of_compositions(parts: list[DpEvent]) -> None:
+    delta = 1e-5
+    together = epsilon_bounds(composed(parts), delta)
+    assert together.pld <= together.rdp * 1.001 + 1e-3
+    # Basic composition: each part at its share of δ.
+    assert together.epsilon <= sum(epsilon(part, delta / len(parts)) for part in parts) * 1.001 + 1e-3
+    assert together.epsilon >= max(epsilon(part, delta) for part in parts) * (1 - ROUNDING)
+    backwards = epsilon_bounds(composed([composed(parts[::-1]), NoOpDpEvent()]), delta)
+    assert backwards.pld == pytest.approx(together.pld, rel=1e-9)
+    assert backwards.rdp == pytest.approx(together.rdp, rel=1e-9)
+
+
+def test_a_run_in_pieces_costs_what_it_costs_in_one_piece() -> None:
+    whole = dpsgd_event(sample_rate=0.1, noise_multiplier=3.0, steps=60)
+    pieces = composed([dpsgd_event(sample_rate=0.1, noise_multiplier=3.0, steps=n) for n in (1, 9, 50)])
+    assert epsilon_bounds(pieces, 1e-5) == epsilon_bounds(whole, 1e-5)
+
+
+def test_a_small_epsilon_is_computed_on_a_fine_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    # At an interval of 1e-4 this is 9 % above the exact value.
+    event = dpsgd_event(sample_rate=1.0, noise_multiplier=10_000.0, steps=10_000)
+    exact = exact_gaussian_epsilon(100.0, 1e-5)
+    assert exact <= epsilon(event, 1e-5) <= exact * 1.002
+    intervals: list[float] = []
+    real = accountants._pld_epsilon
+
+    def watched(counts: dict, delta: float, interval: float) -> float:
+        intervals.append(interval)
+        return real(counts, delta, interval)
+
+    monkeypatch.setattr(accountants, "_pld_epsilon", watched)
+    epsilon(event, 1e-5)
+    assert intervals == [1e-4, 1e-5]
+    intervals.clear()
+    assert epsilon(dpsgd_event(sample_rate=0.05, noise_multiplier=8.0, steps=100), 1e-5) > 0.1
+    assert intervals == [1e-4]
+
+
+@pytest.mark.parametrize(("sample_rate", "noise_multiplier", "steps"), [(0.5, 0.3, 10_000), (1.0, 0.01, 1), (0.1, 1e-100, 3)])
+def test_a_huge_epsilon_is_left_to_rdp(
+    sample_rate: float, noise_multiplier: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> float:
+        raise AssertionError("a PLD of this size would need gigabytes")
+
+    monkeypatch.setattr(accountants, "_pld_epsilon", refuse)
+    start = time.monotonic()
+    bounds = epsilon_bounds(dpsgd_event(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=steps), 1e-5)
+    assert bounds.epsilon > 100
+    assert bounds.pld == math.inf
+    assert time.monotonic() - start < 20
+
+
+@settings(max_examples=6, deadline=None)
+@given(steps=st.integers(1, 400), more=st.integers(1, 400), delta=st.sampled_from([1e-3, 1e-5, 1e-8]))
+def test_more_steps_and_smaller_delta_never_cost_less(steps: int, more: int, delta: float) -> None:
+    event, longer = (dpsgd_event(sample_rate=0.02, noise_multiplier=4.0, steps=n) for n in (steps, steps + more))
+    assert epsilon(event, delta) <= epsilon(longer, delta) * (1 + ROUNDING)
+    assert epsilon(event, delta) <= epsilon(event, delta / 10) * (1 + ROUNDING)
+
+
+GAUSSIAN = GaussianDpEvent(20.0)
+STEP = dpsgd_event(sample_rate=0.2, noise_multiplier=6.0).event
+
+
+@pytest.mark.parametrize(
+    ("step", "spent"),
+    [
+        pytest.param(GAUSSIAN, None, id="Gaussians"),
+        pytest.param(GAUSSIAN, SelfComposedDpEvent(STEP, 20), id="Gaussians after a run"),
+        pytest.param(STEP, None, id="steps"),
+        pytest.param(STEP, GaussianDpEvent(3.0), id="steps after a Gaussian"),
+        pytest.param(STEP, SelfComposedDpEvent(STEP, 5), id="steps after the same steps"),
+    ],
+)
+def test_affordable_steps_are_the_most_that_fit(step: DpEvent, spent: DpEvent | None) -> None:
+    budget = PrivacyBudget(1.5, 1e-5)
+
+    def cost(steps: int) -> float:
+        return epsilon(composed([*([spent] if spent else []), SelfComposedDpEvent(step, steps)]), budget.delta)
+
+    steps = affordable_steps(step, budget, spent=spent, at_most=300)
+    assert 1 < steps < 300
+    assert cost(steps) <= budget.epsilon < cost(steps + 1)
+    assert affordable_steps(step, budget, spent=spent, at_most=steps - 1) == steps - 1
+    assert affordable_steps(step, budget, spent=spent, at_most=steps) == steps
+    assert affordable_steps(step, budget, spent=spent, at_most=steps + 1) == steps
+
+
+def test_affordable_steps_of_a_gaussian_are_the_exact_ones() -> None:
+    # ε of k releases depends on σ/√k alone: exactly 100 of σ = 30 cost what one of σ = 3 costs.
+    target = exact_gaussian_epsilon(3.0, 1e-5)
+    assert affordable_steps(GaussianDpEvent(30.0), PrivacyBudget(target * 1.001, 1e-5), at_most=500) == 100
+    assert affordable_steps(GaussianDpEvent(30.0), PrivacyBudget(target * 0.9999, 1e-5), at_most=500) == 99
+
+
+def test_no_step_is_affordable_where_none_fits() -> None:
+    step = dpsgd_event(sample_rate=0.5, noise_multiplier=1.0).event
+    assert affordable_steps(step, PrivacyBudget(0.1, 1e-5), at_most=1) == 0
+    assert affordable_steps(step, PrivacyBudget(0.1, 1e-5), at_most=1000) == 0
+    tiny = GaussianDpEvent(1e4)
+    assert affordable_steps(tiny, PrivacyBudget(1.0, 1e-5), spent=GaussianDpEvent(1.0), at_most=10) == 0
+
+
+def test_affordable_steps_compute_no_distribution_far_above_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs: list[float] = []
+    real = accountants._pld_epsilon
+
+    def watched(counts: dict, delta: float, interval: float) -> float:
+        costs.append(real(counts, delta, interval))
+        return costs[-1]
+
+    monkeypatch.setattr(accountants, "_pld_epsilon", watched)
+    step = dpsgd_event(sample_rate=0.5, noise_multiplier=4.0).event
+    steps = affordable_steps(step, PrivacyBudget(3.0, 1e-5), at_most=2000)
+    assert 20 < steps < 100
+    assert max(costs) < 6
+
+
+@pytest.mark.parametrize("at_most", [0, -1, 2.5, True, "7", None])
+def test_bad_number_of_steps(at_most: object) -> None:
+    with pytest.raises(ValueError, match="at_most is"):
+        affordable_steps(GaussianDpEvent(1.0), PrivacyBudget(1.0, 1e-5), at_most=at_most)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("noise_multiplier", "delta"), [(800.0, 1e-3), (100.0, 1e-5), (10.0, 1e-5), (2.0, 1e-5)])
+@pytest.mark.parametrize("size", [2, 3, 10, 50])
+def test_group_epsilon_is_a_bound(noise_multiplier: float, delta: float, size: int) -> None:
+    # k units together move a Gaussian release by k: exactly a Gaussian with σ/k. Where one unit costs nothing at δ (the
+    # first case), k units still cost something.
+    claimed = group_epsilon(GaussianDpEvent(noise_multiplier), delta, size)
+    exact = exact_gaussian_epsilon(noise_multiplier / size, delta)
+    assert exact > 0 or size == 2
+    assert claimed >= exact
+    assert claimed >= size * epsilon(GaussianDpEvent(noise_multiplier), delta)
+
+
+def test_group_epsilon_grows_with_the_group() -> None:
+    event = dpsgd_event(sample_rate=0.01, noise_multiplier=1.0, steps=100)
+    one = epsilon(event, 1e-5)
+    sizes = (1, 2, 3, 5, 10, 100)
+    claims = [group_epsilon(event, 1e-5, size) for size in sizes]
+    assert claims[0] == one
+    assert claims == sorted(claims)
+    assert all(claim >= size * one for claim, size in zip(claims, sizes, strict=True))
+
+
+def test_group_epsilon_is_infinite_rather_than_wrong() -> None:
+    weak = dpsgd_event(sample_rate=0.5, noise_multiplier=0.3, steps=10_000)
+    assert group_epsilon(weak, 1e-5, 10) == math.inf
+    # No δ of one unit is small enough for this δ of two.
+    assert group_epsilon(GaussianDpEvent(1.0), 1e-295, 2) == math.inf
+    # RDP itself gives up.
+    assert group_epsilon(GaussianDpEvent(1e-150), 1e-5, 2) == math.inf
+
+
+@pytest.mark.parametrize("size", [0, -2, 1.5, True, "3"])
+def test_bad_group_size(size: object) -> None:
+    with pytest.raises(ValueError, match="group_size is"):
+        group_epsilon(GaussianDpEvent(1.0), 1e-5, size)  # type: ignore[arg-type]
+
+
+def test_accounting_imports_no_torch() -> None:
+    code = (
+        "import sys, monai_privacy.accounting, monai_privacy.plan, monai_privacy.report\n"
+        "print([m for m in ('torch', 'monai', 'ignite', 'opacus') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"
