@@ -20,7 +20,12 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
-from monai.engines.utils import IterationEvents
+from monai.engines.utils import (
+    IterationEvents,
+    PrepareBatchDefault,
+    PrepareBatchExtraInput,
+    default_prepare_batch,
+)
 from monai.engines.workflow import Workflow
 from monai.handlers import ValidationHandler
 from monai.utils import convert_to_tensor
@@ -32,7 +37,15 @@ from torch.utils.data import DataLoader
 
 from monai_privacy.accounting.ledger import PrivacyLedger
 from monai_privacy.accounting.values import PrivacyBudgetError
-from monai_privacy.data.loading import PATIENT_KEY, poisson_loader, units_of
+from monai_privacy.data.loading import (
+    PATIENT_KEY,
+    BatchPart,
+    LogicalBatch,
+    parts_by_patient,
+    poisson_loader,
+    rows_of_value,
+    units_of,
+)
 from monai_privacy.distributed import ProcessGroup
 from monai_privacy.mechanisms.clipping import clipped_gradient_sum
 from monai_privacy.mechanisms.losses import RowLoss
@@ -176,30 +189,33 @@ class DPSupervisedTrainer(SupervisedTrainer):
 
     def _iteration(self, engine: SupervisedTrainer, batchdata: Any) -> Any:
         """One Poisson draw: clip, sum, record, add noise, step; see the class."""
-        data, patient_index = batchdata
-        engine.state.batch = {} if data is None else data
+        draw: LogicalBatch = batchdata
+        engine.state.batch = draw.parts[0].data if len(draw.parts) == 1 else [part.data for part in draw.parts]
         engine.network.train()
         engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
         parameters = self._parameters()
         statistics: list[dict[str, Tensor]] = []
-        if data is None:
-            sums = tuple(torch.zeros_like(p) for p in parameters)
-        else:
-            sums = self._clipped_sum(data, patient_index, parameters, statistics)
+        sums = [torch.zeros_like(p) for p in parameters]
+        for part in draw.parts:
+            # A function of the user's own might mix the rows that it is given: it is given one patient's.
+            for piece in [part] if _is_row_wise(self.prepare_batch) else parts_by_patient(part):
+                found = self._clipped_sum(piece, parameters, statistics)
+                sums = [total + more for total, more in zip(sums, found, strict=True)]
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
         self._release(parameters, sums)
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         engine.optimizer.step()
-        engine.state.output = statistics[0] if statistics else _NO_STATISTICS
+        engine.state.output = _merged(statistics) if statistics else _NO_STATISTICS
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         self._stop_if_next_step_does_not_fit()
         return engine.state.output
 
     def _clipped_sum(
-        self, data: Any, patient_index: Tensor, parameters: list[nn.Parameter], statistics: list[dict[str, Tensor]]
+        self, part: BatchPart, parameters: list[nn.Parameter], statistics: list[dict[str, Tensor]]
     ) -> tuple[Tensor, ...]:
-        inputs, targets, args, kwargs = self._prepare(data, len(patient_index))
+        patient_index = part.patient_index
+        inputs, targets, args, kwargs = self._prepare(part.data, len(patient_index))
         forward = self._forward(args, kwargs, len(patient_index))
         if not self._probed:
             self._probe(forward, inputs, targets)
@@ -262,7 +278,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
         autocast_kwargs = {"dtype": torch.bfloat16} | self.amp_kwargs
 
         def forward(inputs: Tensor, rows: Tensor) -> Any:
-            chosen_args, chosen_kwargs = _rows_of((args, kwargs), rows, rows_in_batch)
+            chosen_args, chosen_kwargs = rows_of_value((args, kwargs), rows, rows_in_batch)
             with torch.autocast(self.state.device.type, enabled=self.amp, **autocast_kwargs):
                 outputs = self.inferer(inputs, self._plain_network, *chosen_args, **chosen_kwargs)
             return outputs.float() if self.amp and isinstance(outputs, Tensor) else outputs
@@ -274,13 +290,16 @@ class DPSupervisedTrainer(SupervisedTrainer):
             first_rows = torch.zeros(len(some_inputs), dtype=torch.int64)
             return self._row_loss(forward(some_inputs, first_rows), some_targets)
 
-        changed = find_updated_buffers(
-            self._plain_network, lambda: forward(torch.randn_like(inputs[:1]), torch.zeros(1, dtype=torch.int64))
-        )
+        first_row = torch.zeros(1, dtype=torch.int64)
+        probe_input = torch.randn_like(inputs[:1]) if inputs.is_floating_point() else inputs[:1] * 0
+        changed = find_updated_buffers(self._plain_network, lambda: forward(probe_input, first_row))
+        if isinstance(self.loss_function, nn.Module):
+            loss_module = self._row_loss.unreduced
+            changed += find_updated_buffers(loss_module, lambda: row_losses(probe_input, targets[:1] * 0))
         if changed:
             raise ValueError(
-                f"the network updates {', '.join(changed)} in its forward pass: what it learns there is never noised. "
-                "Replace the layer (convert_batch_norm does so for batch norm)."
+                f"the network or the loss updates {', '.join(changed)} in its forward pass: what it learns there is never "
+                "noised. Replace the layer (convert_batch_norm does so for batch norm)."
             )
         require_independent_rows(row_losses, inputs, targets)
         self._probed = True
@@ -394,14 +413,21 @@ def _training_statistics(
     return {Keys.IMAGE: inputs, Keys.LABEL: targets, Keys.PRED: outputs, Keys.LOSS: loss}
 
 
-def _rows_of(value: Any, rows: Tensor, rows_in_batch: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[rows] if value.ndim and len(value) == rows_in_batch else value
-    if isinstance(value, dict):
-        return {key: _rows_of(item, rows, rows_in_batch) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_rows_of(item, rows, rows_in_batch) for item in value)
-    return value
+def _merged(statistics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The statistics of all parts; without the images, where there are several parts, which may differ in size."""
+    if len(statistics) == 1:
+        return statistics[0]
+    merged: dict[str, Tensor] = {key: torch.cat([part[key] for part in statistics]) for key in (Keys.LABEL, Keys.PRED)}
+    rows = torch.tensor([float(len(part[Keys.LABEL])) for part in statistics])
+    losses = torch.stack([part[Keys.LOSS].cpu() for part in statistics])
+    return merged | {Keys.LOSS: (losses * rows).sum() / rows.sum()}
+
+
+def _is_row_wise(prepare_batch: Callable[..., Any]) -> bool:
+    return prepare_batch is default_prepare_batch or type(prepare_batch) in (
+        PrepareBatchDefault,
+        PrepareBatchExtraInput,
+    )
 
 
 def _refuse_unsupported(network: nn.Module, optimizer: Optimizer, kwargs: dict[str, Any]) -> None:

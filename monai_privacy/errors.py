@@ -23,12 +23,13 @@ _USER_ERRORS = (ValueError, OSError, LedgerError, PrivacyBudgetError)
 def user_message(error: BaseException) -> str | None:
     """The one line to show for ``error``, or None where it is a fault of the program.
 
-    MONAI's config parser and transforms wrap the error that says what is wrong: the innermost one is shown.
+    MONAI's config parser and transforms wrap the error that says what is wrong in a RuntimeError: that one is passed
+    over. Below the error that is shown lie only its own causes.
     """
     chain = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)
-    told = next((link for link in reversed(chain) if isinstance(link, _USER_ERRORS)), None)
+    told = next((link for link in chain if isinstance(link, _USER_ERRORS)), None)
     if told is None:
         return None
     if isinstance(told, OSError) and told.strerror:

@@ -210,7 +210,7 @@ BAD_DATA = {
 @pytest.mark.parametrize("case", BAD_DATA)
 def test_bad_data_gives_one_line_and_nothing_is_trained(case, tmp_path):
     spoil, message = BAD_DATA[case]
-    folder = write_synthetic_chest_xrays(tmp_path / "data", num_patients=6, image_size=16, seed=0)
+    folder = write_synthetic_chest_xrays(tmp_path / "data", num_patients=6, image_size=32, seed=0)
     spoil(folder)
     assert_one_line(call("demo", "--data", folder, "--output", tmp_path / "out"), message)
     assert not list((tmp_path / "out").rglob("ledger.jsonl"))

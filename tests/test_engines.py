@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import make_network, make_records, make_trainer, weights
 from ignite.engine import Events
-from monai.data import DataLoader, Dataset
+from monai.data import DataLoader, Dataset, pad_list_data_collate
 from monai.engines.utils import IterationEvents
 from monai.transforms import Compose, EnsureTyped, RandSpatialCropSamplesd
 from monai.utils import set_determinism
@@ -156,7 +156,8 @@ def test_set_determinism_fixes_neither_draw_nor_noise(tmp_path):
         drawn = []
         trainer = make_trainer(tmp_path / name, network=network)
         trainer.add_event_handler(
-            Events.GET_BATCH_COMPLETED, lambda engine: drawn.append(len(engine.state.batch.patient_index))
+            Events.GET_BATCH_COMPLETED,
+            lambda engine: drawn.append(sum(len(p.patient_index) for p in engine.state.batch.parts)),
         )
         trainer.run()
         return torch.cat([weights(network), torch.tensor(drawn, dtype=torch.float32)])
@@ -373,6 +374,54 @@ def test_other_arguments_of_the_network_follow_their_rows(tmp_path):
     assert trainer.state.iteration == 8
 
 
+def test_a_prepare_batch_that_mixes_rows_gets_one_patient_at_a_time(tmp_path):
+    def mix(batch, device=None, non_blocking=False, **kwargs):
+        images = batch["image"]
+        return images - images.mean(0) * len(images), batch["label"]
+
+    records = make_records(patients=6, images=1)
+    whole = update(tmp_path / "one", records=records, plan=everybody(6), prepare_batch=mix) * 6
+    without = update(tmp_path / "two", records=records[1:], plan=everybody(6), prepare_batch=mix) * 6
+    assert float((whole - without).norm()) <= 0.01 * (1 + 1e-4)
+
+
+def test_a_collation_that_pads_to_the_largest_image_costs_one_bound(tmp_path):
+    """S-type trap: pad_list_data_collate lets one patient change the rows of every other."""
+
+    class AnySize(nn.Sequential):
+        def forward(self, inputs):
+            return super().forward(inputs).mean(dim=(2, 3))
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return AnySize(nn.Conv2d(1, 2, 3, padding=1))
+
+    records = [*make_records(patients=5, images=1), *make_records(patients=1, images=1, side=16)]
+    records[-1]["patient_id"] = "large"
+
+    def step(name: str, chosen: list[dict]) -> torch.Tensor:
+        data = Dataset(chosen, EnsureTyped("image"))
+        loader = DataLoader(data, batch_size=2, collate_fn=pad_list_data_collate)
+        return update(tmp_path / name, plan=everybody(6), network=network(), train_data_loader=loader) * 6
+
+    moved = step("one", records) - step("two", records[:-1])
+    assert 0 < float(moved.norm()) <= 0.01 * (1 + 1e-4)
+
+
+def test_refuses_a_loss_that_keeps_what_it_saw(tmp_path):
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, outputs, targets):
+            self.seen += outputs.detach().mean()
+            return nn.functional.cross_entropy(outputs, targets) + 0 * self.seen
+
+    with pytest.raises(ValueError, match="updates seen in its forward pass"):
+        make_trainer(tmp_path / "ledger", loss_function=Remembers(), plan=everybody(20)).run()
+
+
 REFUSALS = {
     "accumulation_steps": ({"accumulation_steps": 2}, "accumulation_steps is 2"),
     "iteration_update": ({"iteration_update": lambda engine, batch: None}, "iteration_update is set"),
@@ -428,7 +477,7 @@ def test_refuses_a_network_that_keeps_what_it_saw(tmp_path):
             return self.body(inputs)
 
     trainer = make_trainer(tmp_path / "ledger", network=RemembersMean(), plan=everybody(20))
-    with pytest.raises(ValueError, match="the network updates mean"):
+    with pytest.raises(ValueError, match="updates mean in its forward pass"):
         trainer.run()
     assert not any(entry.steps for entry in trainer.ledger.entries)
 

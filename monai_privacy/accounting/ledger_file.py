@@ -21,16 +21,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-_NO_LINE_BEFORE = "0" * 64
 RESTORE = "Restore its newest copy; an older one would forget releases."
 
 
 class LedgerError(RuntimeError):
     """The ledger cannot be read or written as it must be; nothing was released."""
+
+
+class _Position(NamedTuple):
+    """How much of a file has been read."""
+
+    offset: int = 0
+    lines: int = 0
+    last_hash: str = "0" * 64
 
 
 class LedgerFile:
@@ -51,9 +58,7 @@ class LedgerFile:
     def __init__(self, path: str | os.PathLike[str], *, lock_timeout: float = 60.0) -> None:
         self.path = Path(os.path.realpath(path))
         self._lock_timeout = lock_timeout
-        self._offset = 0
-        self._count = 0
-        self._last_hash = _NO_LINE_BEFORE
+        self._read = _Position()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -110,10 +115,10 @@ class LedgerFile:
             LedgerError: on a full or read-only disk, or a number that is not finite; nothing counts as written.
         """
         whole = {
-            "line": self._count + 1,
+            "line": self._read.lines + 1,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             **record,
-            "previous": self._last_hash,
+            "previous": self._read.last_hash,
         }
         try:
             line = (json.dumps(whole, allow_nan=False, separators=(",", ":")) + "\n").encode()
@@ -121,7 +126,7 @@ class LedgerFile:
             raise LedgerError(f"{record!r} cannot be recorded: {error}. Nothing was released.") from error
         try:
             self._write(line)
-            if self._offset == 0:
+            if self._read.offset == 0:
                 self._sync_folder()
         except OSError as error:
             raise self._failure("written", error) from error
@@ -129,14 +134,14 @@ class LedgerFile:
     def _unread(self) -> bytes:
         try:
             with open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size < self._offset:
+                if os.fstat(file.fileno()).st_size < self._read.offset:
                     raise LedgerError(
                         f"{self.path} has become shorter since it was read: lines were removed. {RESTORE}"
                     )
-                file.seek(self._offset)
+                file.seek(self._read.offset)
                 return file.read()
         except FileNotFoundError:
-            if self._offset:
+            if self._read.offset:
                 raise LedgerError(f"{self.path} has vanished; nothing was released. {RESTORE}") from None
             return b""
         except OSError as error:
@@ -144,16 +149,16 @@ class LedgerFile:
 
     def _write(self, line: bytes) -> None:
         # Made for the first line only: a file that vanished must not come back without its lines.
-        descriptor = os.open(self.path, os.O_RDWR | (0 if self._offset else os.O_CREAT), 0o600)
+        descriptor = os.open(self.path, os.O_RDWR | (0 if self._read.offset else os.O_CREAT), 0o600)
         try:
-            if b"\n" in os.pread(descriptor, os.fstat(descriptor).st_size, self._offset):
+            if b"\n" in os.pread(descriptor, os.fstat(descriptor).st_size, self._read.offset):
                 raise LedgerError(
                     f"{self.path} was written to by a process that does not hold {self.path}.lock; nothing was released. "
                     "Keep the lock file, and the ledger on a disk with file locks."
                 )
             # Drops what a crash, or a full disk, left of an unacknowledged line.
-            os.ftruncate(descriptor, self._offset)
-            os.lseek(descriptor, self._offset, os.SEEK_SET)
+            os.ftruncate(descriptor, self._read.offset)
+            os.lseek(descriptor, self._read.offset, os.SEEK_SET)
             written = 0
             while written < len(line):
                 written += os.write(descriptor, line[written:])
@@ -178,12 +183,16 @@ class LedgerFile:
             os.close(descriptor)
 
     def _checked(self, line: bytes) -> dict[str, Any]:
-        number = self._count + 1
+        number = self._read.lines + 1
         try:
             record = json.loads(line, parse_constant=_finite, parse_float=_finite)
         except (ValueError, RecursionError) as error:
             raise LedgerError(f"{self.path}, line {number}: no valid JSON ({error}). {RESTORE}") from error
-        if not isinstance(record, dict) or record.get("line") != number or record.get("previous") != self._last_hash:
+        if (
+            not isinstance(record, dict)
+            or record.get("line") != number
+            or record.get("previous") != self._read.last_hash
+        ):
             raise LedgerError(
                 f"{self.path}, line {number}: it does not follow the line before it, so a line was changed, dropped, "
                 f"swapped or inserted. {RESTORE}"
@@ -192,18 +201,21 @@ class LedgerFile:
 
     def _check_cut_short(self, line: bytes) -> None:
         """Refuse to overwrite what no crash of ours left, such as a file that is no ledger."""
-        start = b'{"line":%d,' % (self._count + 1)
+        start = b'{"line":%d,' % (self._read.lines + 1)
         # A power cut may leave zeros where a line was to be.
         if not start.startswith(line.rstrip(b"\0")[: len(start)]):
             raise LedgerError(
-                f"{self.path}, line {self._count + 1}: it is neither a line of a ledger nor the beginning of one. Name "
+                f"{self.path}, line {self._read.lines + 1}: it is neither a line of a ledger nor the beginning of one. Name "
                 f"the right file. {RESTORE}"
             )
 
     def _advance(self, line: bytes) -> None:
-        self._offset += len(line)
-        self._count += 1
-        self._last_hash = hashlib.sha256(line).hexdigest()
+        # In one assignment: an interrupt must not leave half a position.
+        self._read = _Position(
+            offset=self._read.offset + len(line),
+            lines=self._read.lines + 1,
+            last_hash=hashlib.sha256(line).hexdigest(),
+        )
 
     def _failure(self, verb: str, error: OSError) -> LedgerError:
         return LedgerError(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from monai.data import DistributedSampler, SmartCacheDataset, ThreadDataLoader
+from monai.data import DistributedSampler, SmartCacheDataset, ThreadDataLoader, list_data_collate
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -28,6 +28,7 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
+    default_collate,
 )
 
 from monai_privacy.data.sampling import PoissonPatientSampler
@@ -35,16 +36,31 @@ from monai_privacy.data.sampling import PoissonPatientSampler
 PATIENT_KEY = "patient_id"
 
 
-class LogicalBatch(NamedTuple):
-    """One Poisson draw.
+# These put row beside row and let none see another. What else a user's function does, it does for one patient at a time.
+_ROW_WISE_COLLATE = (default_collate, list_data_collate)
+
+
+class BatchPart(NamedTuple):
+    """Some patients of a draw, each with all their rows.
 
     Args:
-        data: what the user's collate function made of it; None for an empty draw.
-        patient_index: (B,) the patient of each row, numbered within the draw.
+        data: what the user's collate function made of their samples.
+        patient_index: (B,) the patient of each row, numbered from 0 within the part.
     """
 
     data: Any
     patient_index: Tensor
+
+
+class LogicalBatch(NamedTuple):
+    """One Poisson draw.
+
+    Args:
+        parts: the draw in one part; or in one for each patient, where the user's collate function might let the samples
+            of one patient change the rows of another, as padding to the largest image does. Empty for an empty draw.
+    """
+
+    parts: tuple[BatchPart, ...]
 
 
 def poisson_loader(
@@ -61,7 +77,8 @@ def poisson_loader(
     """A loader that yields :class:`LogicalBatch` from the dataset of ``loader``, drawn patient by patient.
 
     The dataset, its transforms, the workers and the collate function are those of ``loader``; its batch size, shuffling
-    and ``drop_last`` give way to the Poisson draw.
+    and ``drop_last`` give way to the Poisson draw. A collate function other than torch's and MONAI's own is called for
+    one patient at a time.
 
     Args:
         loader: an ordinary ``torch`` or MONAI ``DataLoader`` or ``ThreadDataLoader`` over records (dictionaries).
@@ -202,9 +219,38 @@ class _CollateDraw:
         self._collate = collate
 
     def __call__(self, drawn: list[tuple[int, Any]]) -> LogicalBatch:
+        if not drawn:
+            return LogicalBatch(())
+        if self._collate in _ROW_WISE_COLLATE:
+            return LogicalBatch((self._part(drawn),))
+        by_unit: dict[int, list[tuple[int, Any]]] = {}
+        for unit, sample in drawn:
+            by_unit.setdefault(unit, []).append((unit, sample))
+        return LogicalBatch(tuple(self._part(own) for own in by_unit.values()))
+
+    def _part(self, drawn: list[tuple[int, Any]]) -> BatchPart:
         # A multi-sample transform gives a list of crops for one record: all of them are the patient's.
-        rows = [unit for unit, sample in drawn for _ in range(len(sample) if isinstance(sample, list) else 1)]
-        if not rows:
-            return LogicalBatch(None, torch.zeros(0, dtype=torch.int64))
-        _, patient_index = torch.unique(torch.tensor(rows, dtype=torch.int64), return_inverse=True)
-        return LogicalBatch(self._collate([sample for _, sample in drawn]), patient_index)
+        units = [unit for unit, sample in drawn for _ in range(len(sample) if isinstance(sample, list) else 1)]
+        _, patient_index = torch.unique(torch.tensor(units, dtype=torch.int64), return_inverse=True)
+        return BatchPart(self._collate([sample for _, sample in drawn]), patient_index)
+
+
+def parts_by_patient(part: BatchPart) -> list[BatchPart]:
+    """``part`` taken apart: one part for each of its patients, by rows."""
+    count = len(part.patient_index)
+    patients = int(part.patient_index.max()) + 1 if count else 0
+    rows_of = [(part.patient_index == patient).nonzero().reshape(-1) for patient in range(patients)]
+    return [BatchPart(rows_of_value(part.data, rows, count), torch.zeros_like(rows)) for rows in rows_of]
+
+
+def rows_of_value(value: Any, rows: Tensor, count: int) -> Any:
+    """Those ``rows`` of whatever has ``count`` rows inside ``value``: tensors, lists of values, and containers of them."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and len(value) == count else value
+    if isinstance(value, Mapping):
+        return {key: rows_of_value(item, rows, count) for key, item in value.items()}
+    if isinstance(value, list) and len(value) == count and not any(isinstance(item, Tensor) for item in value):
+        return [value[row] for row in rows.tolist()]
+    if isinstance(value, (list, tuple)):
+        return type(value)(rows_of_value(item, rows, count) for item in value)
+    return value

@@ -42,6 +42,11 @@ class RowLoss:
         self._has_reduction = hasattr(loss_function, "reduction")
         self._loss = _unreduced(loss_function) if self._has_reduction else loss_function
 
+    @property
+    def unreduced(self) -> Any:
+        """The copy of the user's loss that is called."""
+        return self._loss
+
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """(B,) losses of ``outputs``, whatever the network gave for B rows, and (B, ...) ``targets``."""
         rows = len(targets)

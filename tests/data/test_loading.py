@@ -24,6 +24,7 @@ from monai.data import (
     SmartCacheDataset,
     ThreadDataLoader,
     list_data_collate,
+    pad_list_data_collate,
 )
 from monai.transforms import Compose, EnsureTyped, RandSpatialCropSamplesd, SelectItemsd
 from torch.utils.data import (
@@ -38,12 +39,18 @@ from torch.utils.data import (
 )
 
 from monai_privacy.data import poisson_loader, units_of
+from monai_privacy.data.loading import parts_by_patient
 
 TRANSFORM = Compose([EnsureTyped("image"), SelectItemsd(["image", "label"])])
 
 
-def load(loader, *, rate=1.0, steps=1, **options) -> list:
+def draws(loader, *, rate=1.0, steps=1, **options) -> list:
     return list(poisson_loader(loader, sample_rate=rate, steps=steps, **options))
+
+
+def load(loader, **options) -> list:
+    """The draws of a loader that gives each in one part."""
+    return [draw.parts[0] for draw in draws(loader, **options) if draw.parts]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -77,10 +84,27 @@ def test_an_empty_draw_never_reaches_the_collation(records):
         return list_data_collate(samples)
 
     loader = DataLoader(Dataset(records[:2], TRANSFORM), batch_size=2, collate_fn=collate)
-    batches = load(loader, rate=0.5, steps=50)
-    empty = [batch for batch in batches if batch.data is None]
-    assert 0 < len(empty) < 50
-    assert all(len(batch.patient_index) == 0 for batch in empty)
+    found = draws(loader, rate=0.5, steps=50)
+    assert 0 < sum(not draw.parts for draw in found) < 50
+
+
+def test_a_collation_that_could_mix_patients_sees_one_at_a_time():
+    """Padding to the largest image of the draw would let one patient change the rows of all others."""
+    records = [*make_records(patients=2, side=8), *make_records(patients=1, side=16)]
+    records[-1]["patient_id"] = records[-2]["patient_id"] = "large"
+    loader = DataLoader(Dataset(records, TRANSFORM), batch_size=2, collate_fn=pad_list_data_collate)
+    (draw,) = draws(loader)
+    assert [tuple(part.data["image"].shape) for part in draw.parts] == [(2, 1, 8, 8), (2, 1, 8, 8), (2, 1, 16, 16)]
+    assert [part.patient_index.tolist() for part in draw.parts] == [[0, 0]] * 3
+
+
+def test_taking_a_draw_apart_keeps_each_patients_rows(records):
+    loader = DataLoader(Dataset(records, Compose([EnsureTyped("image")])), batch_size=2)
+    (whole,) = load(loader)
+    apart = parts_by_patient(whole)
+    assert len(apart) == 20
+    assert apart[3].data["patient_id"] == ["patient-3", "patient-3"]
+    assert torch.equal(apart[3].data["image"], whole.data["image"][6:8])
 
 
 def test_crops_belong_to_their_patient(records):
@@ -92,8 +116,7 @@ def test_crops_belong_to_their_patient(records):
 
 def test_draws_whole_patients(records):
     for batch in load(DataLoader(Dataset(records, TRANSFORM), batch_size=2), rate=0.3, steps=20):
-        if batch.data is not None:
-            assert torch.bincount(batch.patient_index).tolist() == [2] * (int(batch.patient_index.max()) + 1)
+        assert torch.bincount(batch.patient_index).tolist() == [2] * (int(batch.patient_index.max()) + 1)
 
 
 def test_an_error_in_a_transform_is_raised_and_does_not_end_the_epoch(records):
