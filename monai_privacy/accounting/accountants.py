@@ -30,6 +30,7 @@ from monai_privacy.accounting.events import composed, leaves
 from monai_privacy.accounting.values import PrivacyBudget, checked_count, checked_delta
 
 _INTERVAL = 1e-4
+_COARSE_INTERVAL = 1e-3
 # Below this ε the discretisation of the privacy loss dominates the PLD bound: refine it.
 _SMALL_EPSILON = 0.1
 _FINE_INTERVAL = 1e-5
@@ -96,6 +97,13 @@ def epsilon_bounds(event: DpEvent, delta: float) -> EpsilonBounds:
     if min(by_pld, by_rdp) < _SMALL_EPSILON:
         by_pld = min(by_pld, _pld_epsilon(counts, delta, _FINE_INTERVAL))
     return EpsilonBounds(delta=delta, pld=by_pld, rdp=by_rdp)
+
+
+def coarse_epsilon(event: DpEvent, delta: float) -> float:
+    """A looser bound than :func:`epsilon`, some ten times as fast: to search with, never to claim."""
+    delta = checked_delta(delta)
+    by_rdp = rdp_epsilon(event, delta)
+    return min(by_rdp, _pld_epsilon(leaves(event), delta, _COARSE_INTERVAL)) if by_rdp < _LARGE_EPSILON else by_rdp
 
 
 def affordable_steps(step: DpEvent, budget: PrivacyBudget, *, spent: DpEvent | None = None, at_most: int) -> int:

@@ -25,6 +25,8 @@ from monai_privacy.accounting.values import checked_delta, checked_epsilon
 # The result stays within 0.1 % below the target and never above it.
 _TOLERANCE = 1e-3
 _SMALLEST, _LARGEST = 0.05, 1e5
+# Below this ε the coarse PLD's own error is no longer small.
+_COARSE_FROM = 0.5
 
 
 def calibrate_noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
@@ -48,8 +50,16 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sample_rate: flo
         event = dpsgd_event(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
         return accountants.rdp_epsilon(event, delta)
 
+    def coarse_cost(sigma: float) -> float:
+        event = dpsgd_event(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
+        return accountants.coarse_epsilon(event, delta)
+
+    # Fast bounds first, none below the claim: RDP, whose answer is 7 to 13 % too much noise, then a coarse PLD.
     upper = _solve(rdp_cost, target, low=_SMALLEST, high=_LARGEST)
-    # RDP is never below the claim, so its answer is enough noise; PLD needs at most a third less (facts: 7 to 13 %).
+    if target >= _COARSE_FROM:
+        upper = _solve(coarse_cost, target, low=upper * 0.5, high=upper)
+        if cost(upper) >= target * (1 - _TOLERANCE * 0.9):
+            return _round_up_safely(upper, cost, target)
     return _round_up_safely(_solve(cost, target, low=upper * 0.5, high=upper), cost, target)
 
 
