@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -78,7 +79,13 @@ def test_validation_runs_each_epoch_and_is_on_the_record(tmp_path):
     assert "validation patients" in trainer.ledger.entries[0].unnoised[0]
 
 
-def test_loggers_show_epsilon_of_this_epoch_wherever_the_handler_stands(tmp_path, capsys):
+def test_loggers_show_epsilon_of_this_epoch_wherever_the_handler_stands(tmp_path):
+    lines: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("monai.handlers.StatsHandler")
+    logger.addHandler(listener)
+    logger.setLevel(logging.INFO)
     trainer = make_trainer(
         tmp_path / "ledger",
         train_handlers=[
@@ -89,7 +96,7 @@ def test_loggers_show_epsilon_of_this_epoch_wherever_the_handler_stands(tmp_path
         ],
     )
     trainer.run()
-    lines = [line for line in capsys.readouterr().out.splitlines() if " - INFO - " in line]
+    logger.removeHandler(listener)
     expected = [f"epsilon: {trainer.plan.epsilon(steps):.4f}" for steps in (4, 4, 8, 8)]
     assert [line.split("-- ")[1].strip() for line in lines] == expected
     assert trainer.state.metrics["epsilon"] == pytest.approx(trainer.ledger.epsilon(1e-3))
