@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from scipy.optimize import brentq
+from dp_accounting.dp_event import DpEvent
 
 from monai_privacy.accounting import accountants
 from monai_privacy.accounting.events import dpsgd_event
@@ -25,8 +25,6 @@ from monai_privacy.accounting.values import checked_delta, checked_epsilon
 # The result stays within 0.1 % below the target and never above it.
 _TOLERANCE = 1e-3
 _SMALLEST, _LARGEST = 0.05, 1e5
-# Below this ε the coarse PLD's own error is no longer small.
-_COARSE_FROM = 0.5
 
 
 def calibrate_noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
@@ -43,54 +41,62 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sample_rate: flo
     """
     target, delta = checked_epsilon(epsilon), checked_delta(delta)
 
-    def cost(sigma: float) -> float:
-        return accountants.epsilon(dpsgd_event(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps), delta)
+    def event(sigma: float) -> DpEvent:
+        return dpsgd_event(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
 
-    def rdp_cost(sigma: float) -> float:
-        event = dpsgd_event(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
-        return accountants.rdp_epsilon(event, delta)
-
-    def coarse_cost(sigma: float) -> float:
-        event = dpsgd_event(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
-        return accountants.coarse_epsilon(event, delta)
-
-    # Fast bounds first, none below the claim: RDP, whose answer is 7 to 13 % too much noise, then a coarse PLD.
-    upper = _solve(rdp_cost, target, low=_SMALLEST, high=_LARGEST)
-    if target >= _COARSE_FROM:
-        upper = _solve(coarse_cost, target, low=upper * 0.5, high=upper)
-        if cost(upper) >= target * (1 - _TOLERANCE * 0.9):
-            return _round_up_safely(upper, cost, target)
-    return _round_up_safely(_solve(cost, target, low=upper * 0.5, high=upper), cost, target)
+    # RDP is fast and never below the claim, so the noise it asks for is enough: PLD is asked how much less will do.
+    enough = _least_noise(lambda sigma: accountants.rdp_epsilon(event(sigma), delta), target, start=1.0, stride=2.0)
+    return _least_noise(lambda sigma: accountants.epsilon(event(sigma), delta), target, start=enough, stride=1.15)
 
 
-def _solve(cost: Callable[[float], float], target: float, *, low: float, high: float) -> float:
-    """A noise multiplier whose cost lies within the tolerance below ``target``, by Brent's method in log-log scale."""
-    known: dict[float, float] = {}
+def _least_noise(cost: Callable[[float], float], target: float, *, start: float, stride: float) -> float:
+    """The least noise multiplier, to the tolerance, whose cost is at most ``target``.
 
-    def excess(log_sigma: float) -> float:
-        sigma = math.exp(log_sigma)
-        value = known[sigma] = cost(sigma)
-        # Aim at the middle of the tolerated band, so that a coarse solution still lies in it.
-        return math.log(max(value, 1e-12)) - math.log(target * (1 - _TOLERANCE / 2))
+    Strides from ``start`` to either side of the target, then false position in log-log scale (Illinois variant). Noise
+    far too small is never tried: its PLD would take long.
+    """
+    lowest, middle = math.log(1 - _TOLERANCE), math.log(1 - _TOLERANCE / 2)
 
-    if excess(math.log(high)) > 0:
-        if min(known.values()) <= target:
-            return max(known)
-        raise ValueError(
-            f"epsilon {target:g} needs a noise multiplier above {high:g}. Take fewer steps, a smaller expected batch "
-            "size or a larger epsilon."
-        )
-    if excess(math.log(low)) < 0:
+    def excess(sigma: float) -> float:
+        return math.log(max(cost(sigma), 1e-12) / target)
+
+    high = _printable(start)
+    above = excess(high)
+    low, below = high, above
+    while above > 0:
+        if high >= _LARGEST:
+            raise ValueError(
+                f"epsilon {target:g} needs a noise multiplier above {high:g}. Take fewer steps, a smaller expected batch "
+                "size or a larger epsilon."
+            )
+        low, below = high, above
+        high = min(_LARGEST, _printable(high * stride))
+        above = excess(high)
+    while below < lowest and low > _SMALLEST:
+        high, above = low, below
+        low = max(_SMALLEST, _printable(low / stride))
+        below = excess(low)
+    if below <= 0:
         return low
-    brentq(excess, math.log(low), math.log(high), xtol=_TOLERANCE / 40, rtol=1e-9)
-    return min(sigma for sigma, value in known.items() if value <= target)
+    at_low, at_high, side = below - middle, above - middle, 0
+    while above < lowest:
+        weight = at_low / (at_low - at_high) if math.isfinite(at_low) else 0.5
+        sigma = _printable(low * (high / low) ** weight)
+        if not low < sigma < high:
+            sigma = _printable(math.sqrt(low * high))
+        if not low < sigma < high:
+            break
+        value = excess(sigma)
+        if value > 0:
+            low, at_low = sigma, value - middle
+            at_high, side = at_high / (2 if side < 0 else 1), -1
+        else:
+            high, above, at_high = sigma, value, value - middle
+            at_low, side = at_low / (2 if side > 0 else 1), 1
+    return high
 
 
-def _round_up_safely(sigma: float, cost: Callable[[float], float], target: float) -> float:
-    """``sigma`` with five significant digits, rounded up: a number that a report can print in full."""
+def _printable(sigma: float) -> float:
+    """``sigma`` with five significant digits, rounded up: a report can print it in full."""
     digits = 4 - math.floor(math.log10(sigma))
-    rounded = math.ceil(sigma * 10**digits) / 10**digits
-    # More noise never costs more, but the accountants are numerical: ask.
-    while cost(rounded) > target:
-        rounded *= 1 + _TOLERANCE / 10
-    return rounded
+    return math.ceil(round(sigma * 10**digits, 6)) / 10**digits

@@ -14,33 +14,23 @@
 from __future__ import annotations
 
 import csv
-import hashlib
-import hmac
-import json
 import os
 import re
-import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pydicom
-from PIL import Image
-from pydicom.dataset import Dataset, FileDataset
-from pydicom.pixels import get_decoder
+from pydicom.dataset import Dataset
 
-from monai_privacy.data.splits import split_patients
+from monai_privacy.data.image_files import RASTER_SUFFIXES, check_raster, image_format, one_line, read_dicom_header
 from monai_privacy.data.synthetic import SYNTHETIC_MARK
 
 __all__ = [
     "ChestXRaySource",
     "count_patients",
-    "image_format",
     "read_chest_xrays",
-    "read_dicom_header",
-    "write_datalist",
 ]
 
 Layout = Literal["kermany", "medmnist", "npz", "folder"]
@@ -48,8 +38,6 @@ Record = dict[str, Any]
 
 _PNEUMONIA = ("normal", "pneumonia")
 _UNNAMED = ("negative", "positive")
-_RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
-_NIFTI_SUFFIXES = (".nii", ".nii.gz")
 _FILE_COLUMNS = ("file", "filename", "image", "path")
 _LABEL_COLUMNS = ("label", "target")
 _PATIENT_COLUMNS = ("patient_id", "patientid")
@@ -62,7 +50,6 @@ _KERMANY_PATIENTS = (
     re.compile(r"(?P<patient>(?:NORMAL2-)?IM-\d+)-\d+"),
     re.compile(r"(?:NORMAL|BACTERIA|VIRUS)-(?P<patient>\d+)-\d+"),
 )
-_DATALIST_SPLIT = {"train": "training", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +161,8 @@ def _read_kermany(path: Path) -> ChestXRaySource:
     for split in _KERMANY_SPLITS:
         for label, name in enumerate(_KERMANY_CLASSES):
             for file in sorted((root / split / name).glob("*")):
-                if file.suffix.lower() in _RASTER_SUFFIXES and not _hidden(Path(file.name)):
-                    _check_raster(file)
+                if file.suffix.lower() in RASTER_SUFFIXES and not _hidden(Path(file.name)):
+                    check_raster(file)
                     patient_id = _kermany_patient(file)
                     records.append({"image": str(file), "label": label, "patient_id": patient_id, "split": split})
     return ChestXRaySource("kermany", tuple(records), has_patient_ids=True, class_names=_PNEUMONIA)
@@ -207,7 +194,7 @@ def _read_npz(path: Path) -> ChestXRaySource:
         raise
     except Exception as error:  # numpy and zipfile raise many kinds for a broken or pickled archive
         raise ValueError(
-            f"file {path} cannot be read as .npz ({_one_line(error)}). Download or write it again; store text as numpy "
+            f"file {path} cannot be read as .npz ({one_line(error)}). Download or write it again; store text as numpy "
             "text arrays, not as objects."
         ) from error
     raise ValueError(
@@ -328,7 +315,7 @@ def _read_table(table: Path) -> tuple[dict[str, str], list[tuple[int, dict[str, 
             rows = [(reader.line_num, row) for row in reader]
             names = list(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise _LayoutError(f"CSV {table} cannot be read ({_one_line(error)}). Save it as a UTF-8 CSV file.") from error
+        raise _LayoutError(f"CSV {table} cannot be read ({one_line(error)}). Save it as a UTF-8 CSV file.") from error
     columns = {}
     wanted = {"file": _FILE_COLUMNS, "label": _LABEL_COLUMNS, "patient": _PATIENT_COLUMNS}
     for meaning, choices in wanted.items():
@@ -394,179 +381,3 @@ def _says_synthetic(header: Dataset) -> bool:
     # Two fields: "synthetic" alone begins the description of some real series, as "SYNTHETIC MR".
     fields = (str(header.get(name, "")) for name in ("SeriesDescription", "ImageComments"))
     return all(field.startswith(SYNTHETIC_MARK) for field in fields)
-
-
-# ------------------------------------------------------------------ files
-
-
-def image_format(path: str | os.PathLike[str]) -> Literal["raster", "nifti", "dicom"]:
-    """The format that a file's name tells; DICOM files often have no suffix, so all others count as DICOM."""
-    name = os.fspath(path).lower()
-    if name.endswith(_RASTER_SUFFIXES):
-        return "raster"
-    return "nifti" if name.endswith(_NIFTI_SUFFIXES) else "dicom"
-
-
-def read_dicom_header(path: str | os.PathLike[str]) -> FileDataset:
-    """Read a DICOM file up to its pixels, and check without reading them that they are there and can be decoded.
-
-    Raises:
-        ValueError: naming the file, if it is no DICOM file, or not one gray or colour picture that can be decoded here.
-    """
-    try:
-        with open(path, "rb") as file:
-            header = pydicom.dcmread(file, stop_before_pixels=True)
-            start, tag = file.tell(), file.read(4)
-        problem = _pixel_problem(Path(path), header, start, tag)
-    except Exception as error:  # pydicom raises many kinds for a damaged file
-        problem = _one_line(error) or type(error).__name__
-    if problem:
-        raise ValueError(f"DICOM file {path} cannot be used: {problem}. Replace the file, or leave it out of the CSV.")
-    return header
-
-
-def _pixel_problem(path: Path, header: FileDataset, start: int, tag: bytes) -> str | None:
-    syntax = header.file_meta.get("TransferSyntaxUID")
-    if syntax is None:
-        return "it names no transfer syntax"
-    if syntax.is_deflated:  # the position in the file means nothing then, and the whole must be unpacked
-        has_pixels = "PixelData" in pydicom.dcmread(path)
-    else:
-        has_pixels = tag == (b"\xe0\x7f\x10\x00" if syntax.is_little_endian else b"\x7f\xe0\x00\x10")
-    if not has_pixels:
-        return "it has no pixel data (a report or a DICOMDIR, perhaps)"
-    frames = int(header.get("NumberOfFrames") or 1)
-    if frames != 1:
-        return f"it has {frames} frames, not one picture"
-    if not get_decoder(syntax).is_available:
-        return f"no installed package decodes {syntax.name} (install pylibjpeg with its plugins, or gdcm)"
-    bits = header.Rows * header.Columns * header.get("SamplesPerPixel", 1) * header.BitsAllocated
-    if not syntax.is_compressed and not syntax.is_deflated and os.path.getsize(path) - start < bits // 8:
-        return "it ends before its last pixel"
-    return None
-
-
-def _check_raster(path: Path) -> None:
-    try:
-        with Image.open(path):  # reads the header only
-            pass
-    except Exception as error:
-        raise ValueError(
-            f"image file {path} cannot be read ({_one_line(error)}). Download it again, or remove it."
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")
-
-
-# ------------------------------------------------------------------ datalist
-
-
-def write_datalist(
-    source: ChestXRaySource,
-    folder: str | os.PathLike[str],
-    *,
-    seed: int,
-    test_fraction: float = 0.2,
-    validation_fraction: float = 0.1,
-) -> Path:
-    """Split by patient and write ``datalist.json``, which ``monai.data.load_decathlon_datalist`` reads.
-
-    No patient id gets into the list: it holds pseudonyms that cannot be traced back, not even by whoever knows the
-    ids, because the key they are made with is thrown away. File names and labels stay as they are, so the list is
-    still as private as the images. Pictures that lie in arrays are written as 8-bit PNG to ``images/``.
-
-    Args:
-        source: what ``read_chest_xrays`` returned.
-        folder: made if need be; ``datalist.json`` in it is replaced. Files below it are listed by relative paths, all
-            others by absolute ones.
-        seed: for ``split_patients``. MedMNIST keeps its official splits instead, whatever seed and fractions are.
-        test_fraction: expected fraction of the patients in ``test``.
-        validation_fraction: expected fraction of the patients in ``validation``.
-
-    Returns:
-        The path of ``datalist.json``: ``training``, ``validation`` and ``test`` are lists of ``image``, ``label``
-        (int) and, where the source names patients, ``patient_id``; a split of fraction 0 has no list. ``unit`` tells
-        what may be protected, ``num_patients`` how many of those units there are in each split.
-
-    Raises:
-        ValueError: for fractions that leave no training set, and if a split lacks one of the classes.
-    """
-    splits = _split(source, seed, test_fraction, validation_fraction)
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    # Never stored: with it, anybody could find a patient by trying ids. Without patients there is no id to write: an
-    # image's own number under that name would pass a guarantee for images off as one for patients.
-    key = secrets.token_bytes(32) if source.has_patient_ids else None
-    datalist: dict[str, Any] = {
-        "name": f"chest X-rays ({source.layout})",
-        "description": f"{' or '.join(source.class_names)}, split by {source.unit}; ids are pseudonyms",
-        "synthetic": source.synthetic,
-        "unit": source.unit,
-        "labels": {str(label): name for label, name in enumerate(source.class_names)},
-        "num_patients": {
-            name: count_patients([source.records[index] for index in indices]) for name, indices in splits.items()
-        },
-    }
-    for name, indices in splits.items():
-        if indices:
-            datalist[name] = [_entry(source.records[index], index, target, key) for index in indices]
-    path = target / "datalist.json"
-    # Whole or not at all: half a list would be a smaller cohort without anybody noticing.
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(datalist, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
-
-
-def _split(source: ChestXRaySource, seed: int, test: float, validation: float) -> dict[str, Sequence[int]]:
-    splits: dict[str, Sequence[int]]
-    if source.layout == "medmnist":
-        # Not Kermany's folders: their train and test hold the same patients (person1_bacteria_1 and person1_virus_6).
-        splits = {
-            ours: [index for index, record in enumerate(source.records) if record["split"] == theirs]
-            for theirs, ours in _DATALIST_SPLIT.items()
-        }
-        wanted = set(splits)
-    else:
-        fractions = _fractions(test, validation)
-        splits = dict(split_patients([record["patient_id"] for record in source.records], fractions, seed=seed))
-        wanted = {name for name, fraction in fractions.items() if fraction > 0.0}
-    for name in splits:
-        labels = {source.records[index]["label"] for index in splits[name]}
-        if name in wanted and len(labels) < 2:
-            raise ValueError(
-                f"split {name} has {len(splits[name])} images of {len(labels)} classes, too few to learn from or to "
-                f"measure. Add patients to the {count_patients(source.records)} there are, raise its fraction, or "
-                "change the seed."
-            )
-    return splits
-
-
-def _fractions(test: float, validation: float) -> dict[str, float]:
-    if not (test >= 0.0 and validation >= 0.0 and test + validation < 1.0):
-        raise ValueError(
-            f"test_fraction {test} and validation_fraction {validation} leave nobody to train on, or are negative. "
-            "Give two numbers from 0 whose sum is below 1."
-        )
-    return {"training": 1.0 - test - validation, "validation": validation, "test": test}
-
-
-def _entry(record: Record, index: int, folder: Path, key: bytes | None) -> Record:
-    image = record["image"]
-    if isinstance(image, np.ndarray):
-        name = f"images/{index:06d}.png"
-        (folder / "images").mkdir(exist_ok=True)
-        Image.fromarray(image).save(folder / name, compress_level=1)  # thousands of them: speed before size
-    else:
-        name = _listed_path(Path(image), folder)
-    entry: Record = {"image": name, "label": record["label"]}
-    if key is not None:
-        entry["patient_id"] = hmac.new(key, record["patient_id"].encode(), hashlib.sha256).hexdigest()[:16]
-    return entry
-
-
-def _listed_path(image: Path, folder: Path) -> str:
-    image, folder = Path(os.path.abspath(image)), Path(os.path.abspath(folder))
-    return image.relative_to(folder).as_posix() if image.is_relative_to(folder) else str(image)

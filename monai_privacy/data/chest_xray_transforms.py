@@ -27,7 +27,7 @@ from monai.transforms import MapTransform, Transform
 from PIL import Image
 from pydicom.pixels import apply_modality_lut
 
-from monai_privacy.data.chest_xray import image_format
+from monai_privacy.data.image_files import image_format
 
 __all__ = ["LoadChestXRay", "LoadChestXRayD", "LoadChestXRayDict", "LoadChestXRayd"]
 

@@ -28,14 +28,9 @@ from monai.data import load_decathlon_datalist
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from monai_privacy.data.chest_xray import (
-    ChestXRaySource,
-    count_patients,
-    image_format,
-    read_chest_xrays,
-    read_dicom_header,
-    write_datalist,
-)
+from monai_privacy.data.chest_xray import ChestXRaySource, count_patients, read_chest_xrays
+from monai_privacy.data.datalist import write_datalist
+from monai_privacy.data.image_files import image_format, read_dicom_header
 from monai_privacy.data.synthetic import write_synthetic_chest_xrays
 
 SPLITS = ("training", "validation", "test")
@@ -352,7 +347,7 @@ def test_header_check_of_other_transfer_syntaxes(monkeypatch: pytest.MonkeyPatch
         read_dicom_header(shipped(name))  # explicit, JPEG 2000, deflated, big endian, implicit
     assert "it has no pixel data" in refusal(lambda: read_dicom_header(shipped("rtplan.dcm")))
     decoder = type("NoDecoder", (), {"is_available": False})()
-    monkeypatch.setattr("monai_privacy.data.chest_xray.get_decoder", lambda syntax: decoder)
+    monkeypatch.setattr("monai_privacy.data.image_files.get_decoder", lambda syntax: decoder)
     assert "no installed package decodes JPEG 2000" in refusal(lambda: read_dicom_header(shipped("693_J2KI.dcm")))
 
 
