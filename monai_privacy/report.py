@@ -18,6 +18,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from decimal import ROUND_CEILING, Context, Decimal
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -227,16 +228,14 @@ def _say(value: float | None) -> str:
 
 def _rounded_up(value: float, decimals: int) -> str:
     """A bound may be stated larger than it is, never smaller."""
-    scale = 10**decimals
-    return f"{math.ceil(value * scale - 1e-6) / scale:.{decimals}f}"
+    return str(Decimal(repr(value)).quantize(Decimal(f"1e-{decimals}"), ROUND_CEILING, Context(prec=400)))
 
 
 def _factor(epsilon: float) -> str:
     """e^ε, rounded up to three digits, or to a power of ten where it is astronomical."""
     if epsilon > 50:
         return f"10^{math.ceil(epsilon / math.log(10))}"
-    scale = 10.0 ** (math.floor(epsilon / math.log(10)) - 2)
-    return f"{math.ceil(math.exp(epsilon) / scale - 1e-6) * scale:.3g}"
+    return f"{Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(math.exp(epsilon))):.3g}"
 
 
 def _finite(value: float) -> float | None:

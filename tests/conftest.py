@@ -20,6 +20,8 @@ import pytest
 import torch
 from torch import nn
 
+# Tests run side by side: threads of one would wait for those of the other. Processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 

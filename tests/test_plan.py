@@ -184,7 +184,12 @@ def test_bad_target(epsilon: object) -> None:
 
 @pytest.mark.parametrize(
     "use",
-    [lambda plan: plan.step_event, lambda plan: plan.noise_std, lambda plan: plan.epsilon(), lambda plan: plan.epsilon(3)],
+    [
+        lambda plan: plan.step_event,
+        lambda plan: plan.noise_std,
+        lambda plan: plan.epsilon(),
+        lambda plan: plan.epsilon(3),
+    ],
     ids=["step_event", "noise_std", "epsilon()", "epsilon(3)"],
 )
 def test_a_plan_without_noise_refuses(use: Any) -> None:
@@ -192,7 +197,9 @@ def test_a_plan_without_noise_refuses(use: Any) -> None:
         use(DPSGDPlan(**NUMBERS))
 
 
-@pytest.mark.parametrize("plan", [DPSGDPlan(**NUMBERS), make_plan(unit="image", max_grad_norm=0.3)], ids=["bare", "full"])
+@pytest.mark.parametrize(
+    "plan", [DPSGDPlan(**NUMBERS), make_plan(unit="image", max_grad_norm=0.3)], ids=["bare", "full"]
+)
 def test_a_plan_survives_json(plan: DPSGDPlan) -> None:
     data = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
     assert DPSGDPlan.from_dict(data) == plan

@@ -99,19 +99,6 @@ def test_the_epsilon_is_of_the_steps_that_are_listed(path: Path, monkeypatch: py
     book = PrivacyLedger(path)
     run(book)
     entry, trainer = book.entries[0].entry_id, PrivacyLedger(path)
-    refresh = PrivacyLedger._refresh
-
-    def training(self: PrivacyLedger) -> None:
-        if self is book:
-            monkeypatch.setattr(PrivacyLedger, "_refresh", refresh)
-            refresh(self)
-            monkeypatch.setattr(PrivacyLedger, "_refresh", training)
-            late.append(entry)
-        else:
-            refresh(self)
-
-    late: list[str] = []
-    monkeypatch.setattr(PrivacyLedger, "_refresh", training)
     sync = PrivacyLedger._sync
 
     def sync_and_train(self: PrivacyLedger) -> None:
@@ -149,18 +136,10 @@ def test_nothing_released(path: Path) -> None:
         ({"unnoised": (VALIDATION, STATISTICS)}, "formal for the network alone"),
         ({"not_private": ("insecure_seed was set",)}, "not private"),
         ({"not_private": ("insecure_seed was set",), "unnoised": (STATISTICS,)}, "not private"),
-        ({"step": GaussianDpEvent(1e-160)}, "not private"),
+        pytest.param({"step": GaussianDpEvent(1e-160)}, "not private", id="next to no noise"),
     ],
 )
 def test_status(path: Path, options: dict, status: str) -> None:
-    if "step" in options:
-        # RDP overflows to infinity, with a warning of numpy's that is beside the point here.
-        with pytest.MonkeyPatch.context() as patch, pytest.warns(RuntimeWarning):
-            patch.setattr(report, "_report_entry", lambda entry: None)
-            run(path, **options)
-            found = PrivacyReport.from_ledger(path)
-            assert (found.status, found.epsilon) == (status, None)
-        return
     run(path, **options)
     found = PrivacyReport.from_ledger(path)
     assert found.status == status
@@ -225,17 +204,19 @@ def test_the_claim_in_a_sentence() -> None:
     assert two.claim.startswith("Whoever sees all 2 runs together learns little")
     image = made(3.0, unit="image").claim
     assert "whether any one image was used" in image
-    assert image.endswith("This protects single images: a patient with several images is protected less, or hardly at all.")
+    assert image.endswith(
+        "This protects single images: a patient with several images is protected less, or hardly at all."
+    )
 
 
 @pytest.mark.parametrize("epsilon", [1e-9, 0.004, 0.0101, 1.0, 1.0000001, 2.994, 2.2049, 8.0, 9.999, 33.3, 49.99])
 def test_no_digit_flatters(epsilon: float) -> None:
     found = made(epsilon)
     (factor, stated) = re.search(r"at most ([\d.e+]+) \(ε = ([\d.]+)\)", found.claim).groups()
-    assert epsilon <= float(stated) <= epsilon + 0.01 + 1e-6
-    assert math.exp(epsilon) * (1 - 1e-8) <= float(factor) <= math.exp(epsilon) * 1.011
+    assert epsilon <= float(stated) <= epsilon + 0.01
+    assert math.exp(epsilon) <= float(factor) <= math.exp(epsilon) * 1.011
     (stated,) = re.search(r"\| ε \| ([\d.]+) \|", str(found)).groups()
-    assert epsilon * (1 - 1e-9) <= float(stated) <= epsilon + 0.0001 + 1e-8
+    assert epsilon <= float(stated) <= epsilon + 0.0001
 
 
 def test_numbers_that_need_no_rounding_stay() -> None:

@@ -30,7 +30,6 @@ from monai_privacy.accounting.events import composed, leaves
 from monai_privacy.accounting.values import PrivacyBudget, checked_count, checked_delta
 
 _INTERVAL = 1e-4
-_COARSE_INTERVAL = 1e-3
 # Below this ε the discretisation of the privacy loss dominates the PLD bound: refine it.
 _SMALL_EPSILON = 0.1
 _FINE_INTERVAL = 1e-5
@@ -97,13 +96,6 @@ def epsilon_bounds(event: DpEvent, delta: float) -> EpsilonBounds:
     if min(by_pld, by_rdp) < _SMALL_EPSILON:
         by_pld = min(by_pld, _pld_epsilon(counts, delta, _FINE_INTERVAL))
     return EpsilonBounds(delta=delta, pld=by_pld, rdp=by_rdp)
-
-
-def coarse_epsilon(event: DpEvent, delta: float) -> float:
-    """A looser bound than :func:`epsilon`, some ten times as fast: to search with, never to claim."""
-    delta = checked_delta(delta)
-    by_rdp = rdp_epsilon(event, delta)
-    return min(by_rdp, _pld_epsilon(leaves(event), delta, _COARSE_INTERVAL)) if by_rdp < _LARGE_EPSILON else by_rdp
 
 
 def affordable_steps(step: DpEvent, budget: PrivacyBudget, *, spent: DpEvent | None = None, at_most: int) -> int:
@@ -181,7 +173,8 @@ def _log_delta_growth(one: float, size: int) -> float:
 @lru_cache(maxsize=256)
 def _rdp_curve(leaf: DpEvent) -> NDArray[np.float64]:
     accountant = rdp.RdpAccountant()
-    accountant.compose(leaf)
+    with np.errstate(over="ignore", divide="ignore"):  # an infinite divergence is an answer
+        accountant.compose(leaf)
     curve = accountant.rdp
     # Divergences of about 1e-20 drown in rounding, and dp-accounting takes a negative one for no cost at all.
     return np.where(curve > 0, curve, np.inf)

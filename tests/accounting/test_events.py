@@ -60,7 +60,9 @@ def test_dpsgd_event_is_repeated_poisson_sampling_of_a_gaussian() -> None:
 
 def test_leaves_count_every_release() -> None:
     step = dpsgd_event(sample_rate=0.1, noise_multiplier=1.0).event
-    event = composed([SelfComposedDpEvent(composed([step, SelfComposedDpEvent(step, 4)]), 3), GaussianDpEvent(2.0), step])
+    event = composed(
+        [SelfComposedDpEvent(composed([step, SelfComposedDpEvent(step, 4)]), 3), GaussianDpEvent(2.0), step]
+    )
     assert leaves(event) == {step: 3 * 5 + 1, GaussianDpEvent(2.0): 1}
     assert leaves(composed([])) == leaves(dp_event.NoOpDpEvent()) == {}
 
@@ -143,7 +145,9 @@ class Sneaky(GaussianDpEvent):
 def test_mechanisms_without_an_accountant_are_refused(event: dp_event.DpEvent) -> None:
     for make in (event_to_dict, leaves, lambda e: epsilon_bounds(e, 1e-5)):
         for nested in (event, SelfComposedDpEvent(event, 3), composed([GaussianDpEvent(1.0), event])):
-            with pytest.raises(ValueError, match=f"{type(event).__name__} is no event that this version can account for"):
+            with pytest.raises(
+                ValueError, match=f"{type(event).__name__} is no event that this version can account for"
+            ):
                 make(nested)
 
 

@@ -111,7 +111,9 @@ Fork = Callable[..., list[list[str]]]
 
 @pytest.fixture(scope="module")
 def fork() -> Iterator[Fork]:
-    nursery = subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    nursery = subprocess.Popen(
+        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert nursery.stdin is not None
     assert nursery.stdout is not None
     nursery.stdout.readline()
@@ -651,7 +653,9 @@ def test_a_lock_that_another_process_holds(written: Path) -> None:
     book = PrivacyLedger(written)
     (entry,) = book.entries
     book._file._lock_timeout = 0.2
-    code = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    code = (
+        "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code, f"{written}.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
@@ -697,8 +701,14 @@ def forged(records: list[dict]) -> bytes:
 
 
 TAMPERING: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
-    "a changed number": (lambda a: [a[0], a[1].replace(b'"planned_steps":100', b'"planned_steps":999'), *a[2:]], "line 3"),
-    "less noise": (lambda a: [a[0], a[1].replace(b'"noise_multiplier":2.0', b'"noise_multiplier":9.0'), *a[2:]], "line 3"),
+    "a changed number": (
+        lambda a: [a[0], a[1].replace(b'"planned_steps":100', b'"planned_steps":999'), *a[2:]],
+        "line 3",
+    ),
+    "less noise": (
+        lambda a: [a[0], a[1].replace(b'"noise_multiplier":2.0', b'"noise_multiplier":9.0'), *a[2:]],
+        "line 3",
+    ),
     "a budget": (lambda a: [a[0].replace(b'"budget":null', b'"budget":{"epsilon":9,"delta":0.1}'), *a[1:]], "line 2"),
     "a dropped first line": (lambda a: a[1:], "line 1"),
     "a dropped line": (lambda a: a[:3] + a[4:], "line 4"),
