@@ -22,14 +22,9 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import (
     IterationEvents,
-    PrepareBatchDefault,
-    PrepareBatchExtraInput,
-    default_prepare_batch,
 )
 from monai.engines.workflow import Workflow
-from monai.handlers import ValidationHandler
 from monai.utils import convert_to_tensor
-from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
@@ -51,8 +46,10 @@ from monai_privacy.mechanisms.clipping import clipped_gradient_sum
 from monai_privacy.mechanisms.losses import RowLoss
 from monai_privacy.mechanisms.noise import InsecureNoise, NoiseSource, SystemNoise
 from monai_privacy.mechanisms.probe import require_independent_rows
-from monai_privacy.networks import FoldedBatchNorm, find_updated_buffers, require_privately_trainable
+from monai_privacy.networks import find_updated_buffers, require_privately_trainable
 from monai_privacy.plan import DPSGDPlan
+from monai_privacy.requirements import assumptions_of, is_row_wise, refuse_unsupported, unnoised_by
+from monai_privacy.train_statistics import NO_STATISTICS, merged, training_statistics
 
 _ENTRY = "ledger_entry"
 
@@ -123,7 +120,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
         amp: bool = False,
         **kwargs: Any,
     ) -> None:
-        _refuse_unsupported(network, optimizer, kwargs)
+        refuse_unsupported(network, optimizer, kwargs)
         plain = network.module if isinstance(network, DistributedDataParallel) else network
         require_privately_trainable(plain)
         plan.step_event  # noqa: B018  an uncalibrated plan is refused here, not after the data was loaded
@@ -160,8 +157,8 @@ class DPSupervisedTrainer(SupervisedTrainer):
         self._noise: NoiseSource = SystemNoise() if insecure_seed is None else InsecureNoise(insecure_seed)
         self._max_physical_batch_size = max_physical_batch_size
         self._release_train_statistics = release_train_statistics
-        self._unnoised = _unnoised(handlers, release_train_statistics)
-        self._assumptions = (*_assumptions(plan, plain), *assumptions)
+        self._unnoised = unnoised_by(handlers, release_train_statistics)
+        self._assumptions = (*assumptions_of(plan, plain), *assumptions)
         self._probed = False
         self._stopping = False
         setattr(self.state, _ENTRY, None)
@@ -185,6 +182,8 @@ class DPSupervisedTrainer(SupervisedTrainer):
         # Not Trainer.run: it makes a gradient scaler for amp, and scaled gradients would all be clipped.
         self.scaler = None
         self._stopping = False
+        # ignite keeps the dead generator of a run that raised, and would end the next one at once, without a word.
+        self._internal_run_generator = None
         Workflow.run(self)
 
     def _iteration(self, engine: SupervisedTrainer, batchdata: Any) -> Any:
@@ -198,7 +197,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
         sums = [torch.zeros_like(p) for p in parameters]
         for part in draw.parts:
             # A function of the user's own might mix the rows that it is given: it is given one patient's.
-            for piece in [part] if _is_row_wise(self.prepare_batch) else parts_by_patient(part):
+            for piece in [part] if is_row_wise(self.prepare_batch) else parts_by_patient(part):
                 found = self._clipped_sum(piece, parameters, statistics)
                 sums = [total + more for total, more in zip(sums, found, strict=True)]
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
@@ -206,7 +205,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
         self._release(parameters, sums)
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         engine.optimizer.step()
-        engine.state.output = _merged(statistics) if statistics else _NO_STATISTICS
+        engine.state.output = merged(statistics) if statistics else NO_STATISTICS
         engine.fire_event(IterationEvents.MODEL_COMPLETED)
         self._stop_if_next_step_does_not_fit()
         return engine.state.output
@@ -241,7 +240,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
             forward=watched,
         )
         if predictions:
-            statistics.append(_training_statistics(self._row_loss, inputs, targets, predictions))
+            statistics.append(training_statistics(self._row_loss, inputs, targets, predictions))
         return result.gradients
 
     def _release(self, parameters: Sequence[nn.Parameter], sums: Sequence[Tensor]) -> None:
@@ -390,89 +389,3 @@ class DPSupervisedTrainer(SupervisedTrainer):
                 f"{' and '.join(dropped)} left out: training metrics are not noised. Measure on validation patients, or "
                 "set release_train_statistics=True and the report will say so."
             )
-
-
-class _NoStatistics(dict):
-    """What a training step shows of itself: nothing. Whatever a logger looks for is None, which loggers pass over."""
-
-    def __missing__(self, key: Any) -> None:
-        return None
-
-
-# A list of one, as after decollation, which `from_engine(..., first=True)` and StatsHandler's default expect.
-_NO_STATISTICS = [_NoStatistics()]
-
-
-def _training_statistics(
-    row_loss: RowLoss, inputs: Tensor, targets: Tensor, predictions: Sequence[tuple[Tensor, Tensor]]
-) -> dict[str, Tensor]:
-    order = torch.cat([rows for rows, _ in predictions]).argsort()
-    outputs = torch.cat([outputs for _, outputs in predictions])[order]
-    with torch.no_grad():
-        loss = row_loss(outputs, targets).mean()
-    return {Keys.IMAGE: inputs, Keys.LABEL: targets, Keys.PRED: outputs, Keys.LOSS: loss}
-
-
-def _merged(statistics: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The statistics of all parts; without the images, where there are several parts, which may differ in size."""
-    if len(statistics) == 1:
-        return statistics[0]
-    merged: dict[str, Tensor] = {key: torch.cat([part[key] for part in statistics]) for key in (Keys.LABEL, Keys.PRED)}
-    rows = torch.tensor([float(len(part[Keys.LABEL])) for part in statistics])
-    losses = torch.stack([part[Keys.LOSS].cpu() for part in statistics])
-    return merged | {Keys.LOSS: (losses * rows).sum() / rows.sum()}
-
-
-def _is_row_wise(prepare_batch: Callable[..., Any]) -> bool:
-    return prepare_batch is default_prepare_batch or type(prepare_batch) in (
-        PrepareBatchDefault,
-        PrepareBatchExtraInput,
-    )
-
-
-def _refuse_unsupported(network: nn.Module, optimizer: Optimizer, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("accumulation_steps", 1) != 1:
-        raise ValueError(
-            f"accumulation_steps is {kwargs['accumulation_steps']}: each draw must be noised and recorded by itself. "
-            "Raise the plan's expected_batch_size, and bound memory with max_physical_batch_size."
-        )
-    if kwargs.get("iteration_update") is not None:
-        raise ValueError(
-            "iteration_update is set: it would replace the private step. Remove it; use prepare_batch, inferer or "
-            "handlers instead."
-        )
-    if isinstance(network, nn.DataParallel):
-        raise ValueError(
-            "network is a DataParallel: it splits a patient's rows over devices and mixes gradients. Use "
-            "DistributedDataParallel under torchrun, or one device."
-        )
-    own = {id(p) for p in network.parameters()}
-    foreign = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
-    if foreign:
-        raise ValueError(
-            f"the optimizer holds {foreign} parameters that are not the network's: their gradients would not be "
-            "private. Make the optimizer from network.parameters(), after convert_batch_norm."
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "the optimizer is LBFGS: it evaluates the loss several times a step, each a release. Use SGD, Adam, NAdam "
-            "or another first-order optimizer."
-        )
-
-
-def _unnoised(handlers: Any, release_train_statistics: bool) -> tuple[str, ...]:
-    found = []
-    if release_train_statistics:
-        found.append("training loss, training predictions and training metrics")
-    if any(isinstance(handler, ValidationHandler) for handler in handlers or ()):
-        found.append("metrics on the validation patients, and whatever was chosen by them")
-    return tuple(found)
-
-
-def _assumptions(plan: DPSGDPlan, network: nn.Module) -> tuple[str, ...]:
-    found = [f"the number of {plan.unit}s, {plan.num_patients}, is public"]
-    if plan.unit == "patient":
-        found.append("all data of one patient carry one patient id")
-    if any(isinstance(module, FoldedBatchNorm) for module in network.modules()):
-        found.append("the batch-norm statistics that were folded into the network are public")
-    return tuple(found)

@@ -187,6 +187,9 @@ class PrivacyReport:
     def __str__(self) -> str:
         return self.to_markdown()
 
+    def _repr_markdown_(self) -> str:  # what a notebook shows
+        return self.to_markdown()
+
 
 def _claim_table(report: PrivacyReport) -> list[str]:
     rows: list[tuple[str, str]] = [

@@ -292,6 +292,14 @@ def test_running_again_releases_nothing(tmp_path):
     assert trainer.ledger.entries[0].steps == 8
 
 
+def test_a_refused_run_is_refused_each_time(tmp_path):
+    ledger = PrivacyLedger(tmp_path / "ledger", budget=PrivacyBudget(0.01, 1e-3))
+    trainer = make_trainer(ledger)
+    for _ in range(3):
+        with pytest.raises(PrivacyBudgetError, match="is spent"):
+            trainer.run()
+
+
 def test_a_second_run_on_a_spent_ledger_is_refused(tmp_path):
     plan = everybody(20, steps=2, noise_multiplier=1.0)
     ledger = PrivacyLedger(tmp_path / "ledger", budget=PrivacyBudget(plan.epsilon() * 1.001, 1e-3))

@@ -32,6 +32,7 @@ LAYERS = [
     ["accounting"],
     ["mechanisms", "networks"],
     ["data", "plan", "report", "distributed"],
+    ["requirements", "train_statistics"],
     ["engines"],
     ["handlers"],
     ["figures", "errors", "bundle"],

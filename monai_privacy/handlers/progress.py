@@ -32,7 +32,8 @@ class PrivacyProgressHandler:
 
     def __init__(self, description: str = "private training", console: Console | None = None) -> None:
         self.description = description
-        self._console = Console(stderr=True) if console is None else console
+        # Not rich's notebook display: it prints a block for each line.
+        self._console = Console(stderr=True, force_jupyter=False) if console is None else console
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -1,0 +1,82 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What a private training must not be given, and what its claim rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from monai.engines.utils import PrepareBatchDefault, PrepareBatchExtraInput, default_prepare_batch
+from monai.handlers import ValidationHandler
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from monai_privacy.networks import FoldedBatchNorm
+from monai_privacy.plan import DPSGDPlan
+
+
+def is_row_wise(prepare_batch: Callable[..., Any]) -> bool:
+    """Whether this prepare_batch puts row beside row and lets none see another; another one is not known to."""
+    return prepare_batch is default_prepare_batch or type(prepare_batch) in (
+        PrepareBatchDefault,
+        PrepareBatchExtraInput,
+    )
+
+
+def refuse_unsupported(network: nn.Module, optimizer: Optimizer, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("accumulation_steps", 1) != 1:
+        raise ValueError(
+            f"accumulation_steps is {kwargs['accumulation_steps']}: each draw must be noised and recorded by itself. "
+            "Raise the plan's expected_batch_size, and bound memory with max_physical_batch_size."
+        )
+    if kwargs.get("iteration_update") is not None:
+        raise ValueError(
+            "iteration_update is set: it would replace the private step. Remove it; use prepare_batch, inferer or "
+            "handlers instead."
+        )
+    if isinstance(network, nn.DataParallel):
+        raise ValueError(
+            "network is a DataParallel: it splits a patient's rows over devices and mixes gradients. Use "
+            "DistributedDataParallel under torchrun, or one device."
+        )
+    own = {id(p) for p in network.parameters()}
+    foreign = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
+    if foreign:
+        raise ValueError(
+            f"the optimizer holds {foreign} parameters that are not the network's: their gradients would not be "
+            "private. Make the optimizer from network.parameters(), after convert_batch_norm."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "the optimizer is LBFGS: it evaluates the loss several times a step, each a release. Use SGD, Adam, NAdam "
+            "or another first-order optimizer."
+        )
+
+
+def unnoised_by(handlers: Any, release_train_statistics: bool) -> tuple[str, ...]:
+    found = []
+    if release_train_statistics:
+        found.append("training loss, training predictions and training metrics")
+    if any(isinstance(handler, ValidationHandler) for handler in handlers or ()):
+        found.append("metrics on the validation patients, and whatever was chosen by them")
+    return tuple(found)
+
+
+def assumptions_of(plan: DPSGDPlan, network: nn.Module) -> tuple[str, ...]:
+    found = [f"the number of {plan.unit}s, {plan.num_patients}, is public"]
+    if plan.unit == "patient":
+        found.append("all data of one patient carry one patient id")
+    if any(isinstance(module, FoldedBatchNorm) for module in network.modules()):
+        found.append("the batch-norm statistics that were folded into the network are public")
+    return tuple(found)
