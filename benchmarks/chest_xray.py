@@ -122,7 +122,7 @@ def run(data: Path, seed: int, epsilon: float | None, console: Console) -> dict[
             **sizes,
         }
         if epsilon is not None:
-            ledger = PrivacyLedger(folder / "out" / "ledger.jsonl")
+            ledger = PrivacyLedger(folder / "ledger.jsonl")
             result |= {"epsilon": ledger.epsilon(DELTA), **dict(ledger.entries[0].facts)}
         return result
 
@@ -138,14 +138,13 @@ def patient_auc(patients: list[str], labels: tuple[int, ...], values: tuple[floa
 def table(results: list[dict[str, Any]]) -> str:
     """The results as markdown: mean and standard deviation over the seeds."""
     lines = [
-        "| | ε (δ = 1e-5) | unit | AUC per image | AUC per patient | minutes |",
-        "|---|---|---|---|---|---|",
+        "| | ε (δ = 1e-5) | AUC per image | AUC per patient | minutes |",
+        "|---|---|---|---|---|",
     ]
     for target in sorted({r["epsilon_target"] for r in results}, key=lambda e: -(e or 1e9)):
         rows = [r for r in results if r["epsilon_target"] == target]
-        name = "without privacy" if target is None else "private"
+        name = "without privacy" if target is None else "private, unit: patient"
         cells = [name, "none" if target is None else f"{max(r['epsilon'] for r in rows):.3f}"]
-        cells += ["–" if target is None else "patient"]
         for key in ("auc_image", "auc_patient"):
             values = [r[key] for r in rows]
             cells.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}")

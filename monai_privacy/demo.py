@@ -77,7 +77,8 @@ def run_demo(
     common |= {} if epochs is None else {"epochs": epochs}
     private: dict[str, Any] = {"epsilon": budget.epsilon, "delta": budget.delta, "unit": source.unit}
     private |= {} if expected_batch_size is None else {"expected_batch_size": expected_batch_size}
-    private |= {} if ledger is None else {"ledger_file": str(ledger)}
+    ledger_file = ledger or folder / "ledger.jsonl"
+    private["ledger_file"] = str(ledger_file)
     kind = "synthetic images" if source.synthetic else "images"
     spent = _EpsilonByEpoch()
     train, overlay = bundle / "configs" / "train.yaml", bundle.parent / "overlays" / "dp_sgd.yaml"
@@ -94,7 +95,6 @@ def run_demo(
             bar = PrivacyProgressHandler("with privacy", console)
         train_bundle([train, overlay], common | private | {"output_dir": str(private_dir)}, handlers=[bar, spent])
         protected = score_bundle(evaluate, common | {"output_dir": str(private_dir)})
-    ledger_file = ledger or private_dir / "ledger.jsonl"
     result = _summary(source, plain, protected, PrivacyLedger(ledger_file), delta)
     figure = save_training_figure(
         folder / "demo.png",

@@ -30,7 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 
-from monai_privacy.accounting.ledger import PrivacyLedger
+from monai_privacy.accounting.ledger import LedgerEntry, PrivacyLedger
+from monai_privacy.accounting.ledger_file import LedgerError
 from monai_privacy.accounting.values import PrivacyBudgetError
 from monai_privacy.data.loading import (
     PATIENT_KEY,
@@ -38,6 +39,7 @@ from monai_privacy.data.loading import (
     LogicalBatch,
     parts_by_patient,
     poisson_loader,
+    require_unchanged,
     rows_of_value,
     units_of,
 )
@@ -46,9 +48,16 @@ from monai_privacy.mechanisms.clipping import clipped_gradient_sum
 from monai_privacy.mechanisms.losses import RowLoss
 from monai_privacy.mechanisms.noise import InsecureNoise, NoiseSource, SystemNoise
 from monai_privacy.mechanisms.probe import require_independent_rows
+from monai_privacy.mechanisms.randomness import InsecureSeeds, fresh_randomness, system_seed
 from monai_privacy.networks import find_updated_buffers, require_privately_trainable
 from monai_privacy.plan import DPSGDPlan
-from monai_privacy.requirements import assumptions_of, is_row_wise, refuse_unsupported, unnoised_by
+from monai_privacy.requirements import (
+    assumptions_of,
+    is_row_wise,
+    refuse_unsupported,
+    refuse_validation_on_training_patients,
+    unnoised_by,
+)
 from monai_privacy.train_statistics import NO_STATISTICS, merged, training_statistics
 
 _ENTRY = "ledger_entry"
@@ -154,11 +163,15 @@ class DPSupervisedTrainer(SupervisedTrainer):
             **kwargs,
         )
         self._row_loss = RowLoss(loss_function)
+        self._seeds = system_seed if insecure_seed is None else InsecureSeeds(insecure_seed)
+        self._patient_key = patient_key
         self._noise: NoiseSource = SystemNoise() if insecure_seed is None else InsecureNoise(insecure_seed)
         self._max_physical_batch_size = max_physical_batch_size
         self._release_train_statistics = release_train_statistics
+        refuse_validation_on_training_patients(handlers, loader.dataset.units, plan.unit, patient_key)  # type: ignore[attr-defined]
         self._unnoised = unnoised_by(handlers, release_train_statistics)
-        self._assumptions = (*assumptions_of(plan, plain), *assumptions)
+        self._not_private = () if self._noise.is_secret else ("insecure_seed was set: the noise can be repeated",)
+        self._assumptions = (*assumptions_of(plan, plain, loss_function, handlers), *assumptions)
         self._probed = False
         self._stopping = False
         setattr(self.state, _ENTRY, None)
@@ -189,17 +202,28 @@ class DPSupervisedTrainer(SupervisedTrainer):
     def _iteration(self, engine: SupervisedTrainer, batchdata: Any) -> Any:
         """One Poisson draw: clip, sum, record, add noise, step; see the class."""
         draw: LogicalBatch = batchdata
-        engine.state.batch = draw.parts[0].data if len(draw.parts) == 1 else [part.data for part in draw.parts]
+        shown = draw.parts[0].data if len(draw.parts) == 1 else [part.data for part in draw.parts]
+        # A handler that writes pictures of the batch would publish patients.
+        engine.state.batch = shown if self._release_train_statistics else NO_STATISTICS
         engine.network.train()
         engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
         parameters = self._parameters()
         statistics: list[dict[str, Tensor]] = []
         sums = [torch.zeros_like(p) for p in parameters]
-        for part in draw.parts:
-            # A function of the user's own might mix the rows that it is given: it is given one patient's.
-            for piece in [part] if is_row_wise(self.prepare_batch) else parts_by_patient(part):
-                found = self._clipped_sum(piece, parameters, statistics)
-                sums = [total + more for total, more in zip(sums, found, strict=True)]
+        buffers = self._buffer_versions()
+        device = self.state.device
+        cuda = (device.index or 0,) if device.type == "cuda" else ()
+        with fresh_randomness(self._seeds(), cuda_devices=cuda):
+            for part in draw.parts:
+                # A function of the user's own might mix the rows that it is given: it is given one patient's.
+                for piece in [part] if is_row_wise(self.prepare_batch) else parts_by_patient(part):
+                    found = self._clipped_sum(piece, parameters, statistics)
+                    sums = [total + more for total, more in zip(sums, found, strict=True)]
+        if self._buffer_versions() != buffers:
+            raise ValueError(
+                "the network wrote to its buffers in this step: what it keeps there is never noised, so nothing was "
+                "released. Replace the layer that does so (convert_batch_norm does for batch norm)."
+            )
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
         self._release(parameters, sums)
@@ -303,6 +327,10 @@ class DPSupervisedTrainer(SupervisedTrainer):
         require_independent_rows(row_losses, inputs, targets)
         self._probed = True
 
+    def _buffer_versions(self) -> dict[str, tuple[int, int]]:
+        # Data pointer and write count: nothing waits for a GPU, and nothing is copied.
+        return {name: (id(b), b._version) for name, b in self._plain_network.named_buffers()}
+
     @property
     def _plain_network(self) -> nn.Module:
         # Distributed wrappers would average gradients by themselves; the clipped sums are added up here.
@@ -315,14 +343,11 @@ class DPSupervisedTrainer(SupervisedTrainer):
 
     def _require_budget(self, engine: Engine) -> None:
         """Begin or continue the ledger entry, and refuse an epoch of which not even one step fits."""
+        require_unchanged(self.data_loader, unit=self.plan.unit, patient_key=self._patient_key)
         if self.ledger_entry is None:
             setattr(self.state, _ENTRY, self._group.first_says(self._begin_entry))
         entry = self.ledger.entry(self.state.ledger_entry)
-        if (entry.step, entry.planned_steps) != (self.plan.step_event, self.plan.steps):
-            raise ValueError(
-                f"the checkpoint continues entry {entry.entry_id[:8]}, planned as {dict(entry.facts)}, but the plan is "
-                f"now {self.plan.to_dict()}: a run keeps its plan. Resume with that plan, or load the network alone."
-            )
+        self._require_same_run(entry)
         if self._steps_left() < 1:
             raise PrivacyBudgetError(
                 f"entry {entry.entry_id[:8]} of {self.ledger.path} has no step left of {entry.planned_steps} planned "
@@ -339,6 +364,29 @@ class DPSupervisedTrainer(SupervisedTrainer):
                 "Give each process the whole dataset (no partition_dataset); the Poisson draw divides the patients."
             )
 
+    def _require_same_run(self, entry: LedgerEntry) -> None:
+        """A resumed run keeps its plan and lets out no more than its entry says."""
+        if dict(entry.facts) != self.plan.to_dict() or (entry.step, entry.unit) != (
+            self.plan.step_event,
+            self.plan.unit,
+        ):
+            raise ValueError(
+                f"the checkpoint continues entry {entry.entry_id[:8]}, planned as {dict(entry.facts)}, but the plan is "
+                f"now {self.plan.to_dict()}: a run keeps its plan. Resume with that plan, or load the network alone."
+            )
+        more = {*self._not_private, *self._unnoised, *self._assumptions}
+        more -= {*entry.not_private, *entry.unnoised, *entry.assumptions}
+        if more:
+            raise ValueError(
+                f"the checkpoint continues entry {entry.entry_id[:8]}, which does not have: {'; '.join(sorted(more))}. "
+                "Resume with the settings of that run, or load the network alone to begin a new entry."
+            )
+        if self.state.iteration > entry.steps:
+            raise LedgerError(
+                f"the checkpoint is at step {self.state.iteration}, but {self.ledger.path} has only {entry.steps} steps of "
+                "this run: it is an older copy. Put the newest ledger back; nothing was released."
+            )
+
     def _begin_entry(self) -> str:
         return self.ledger.begin(
             step=self.plan.step_event,
@@ -348,7 +396,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
             facts=self.plan.to_dict(),
             unnoised=self._unnoised,
             assumptions=self._assumptions,
-            not_private=() if self._noise.is_secret else ("insecure_seed was set: the noise can be repeated",),
+            not_private=self._not_private,
         )
 
     def _steps_left(self) -> int:

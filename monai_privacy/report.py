@@ -23,15 +23,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from dp_accounting import dp_event
+from dp_accounting.dp_event import DpEvent
+
 from monai_privacy.accounting import accountants
 from monai_privacy.accounting.events import composed
 from monai_privacy.accounting.ledger import LedgerEntry, PrivacyLedger
 
 _GROUP_SIZES = (2, 5, 10)
+_DELTA_TOO_LARGE = "no protection: delta is too large"
 # Above this ε "learns little" would be a lie.
-_LARGEST_MEANINGFUL_EPSILON = 10.0
+_LARGEST_MEANINGFUL_EPSILON = 3.0
 _NOT_COVERED = (
     "hyper-parameters that were chosen by looking at these patients",
+    "statistics fitted on these patients, such as class weights or normalisation constants",
     "that the cohort exists, and who is in it by other sources",
     "a patient who appears under two ids",
     "whoever can read the memory or the disk of the training machine",
@@ -47,7 +52,9 @@ class ReportEntry:
     """One run in the report; see :class:`~monai_privacy.accounting.ledger.LedgerEntry` for the fields."""
 
     entry_id: str
+    mechanism: str
     epsilon: float | None
+    epsilon_of_planned_steps: float | None
     delta: float
     steps: int
     planned_steps: int
@@ -65,15 +72,17 @@ class PrivacyReport:
 
     Args:
         status: "formal, with assumptions"; "formal for the network alone", where something else left without noise;
-            "not private"; or "nothing released".
+            "no protection: delta is too large"; "not private"; or "nothing released".
         unit: "patient" or "image"; None while nothing was released.
         epsilon: ε at ``delta`` of everything on the ledger together; None where nothing holds.
-        delta: the δ of the claim: the budget's, else the largest of the runs.
+        delta: the δ of the claim: the budget's, else the smallest of the runs.
         accountant: whose bound ε is.
         bounds: both valid bounds; None where nothing holds.
         budget: what the cohort may spend, where a budget was set.
         group_epsilon: for image-level runs, ε for a patient with that many images; None where nothing holds.
         entries: the runs.
+        ledger_lines: how many lines the ledger had.
+        ledger_hash: SHA-256 of the last of them.
         versions: of the packages that made this report.
     """
 
@@ -89,6 +98,8 @@ class PrivacyReport:
     entries: tuple[ReportEntry, ...]
     not_covered: tuple[str, ...] = _NOT_COVERED
     relation: str = "add or remove one unit"
+    ledger_lines: int = 0
+    ledger_hash: str = ""
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
 
     @classmethod
@@ -104,11 +115,12 @@ class PrivacyReport:
                 raise FileNotFoundError(f"{ledger} is no ledger file: name the ledger that the training wrote.")
             ledger = PrivacyLedger(ledger)
         entries = tuple(entry for entry in ledger.entries if entry.steps)
+        lines, last_hash = ledger.head
         budget = ledger.budget
         name = Path(ledger.path).name
         if not entries:
             return cls(name, "nothing released", None, None, None, None, {}, asdict(budget) if budget else None, {}, ())
-        delta = budget.delta if budget else max(entry.delta for entry in entries)
+        delta = budget.delta if budget else min(entry.delta for entry in entries)
         # Of these entries, not of the ledger: another process may be adding to it.
         event = composed(entry.event for entry in entries)
         bounds = accountants.epsilon_bounds(event, delta)
@@ -117,7 +129,7 @@ class PrivacyReport:
         groups = {k: _finite(accountants.group_epsilon(event, delta, k)) if holds else None for k in sizes}
         return cls(
             ledger=name,
-            status=_status(entries) if holds else "not private",
+            status=_status(entries, delta) if holds else "not private",
             unit=entries[0].unit,
             epsilon=bounds.epsilon if holds else None,
             delta=delta,
@@ -129,6 +141,8 @@ class PrivacyReport:
             budget=asdict(budget) if budget else None,
             group_epsilon=groups,
             entries=tuple(_report_entry(entry) for entry in entries),
+            ledger_lines=lines,
+            ledger_hash=last_hash,
         )
 
     @property
@@ -139,6 +153,11 @@ class PrivacyReport:
         reasons = "; ".join(dict.fromkeys(reason for entry in self.entries for reason in entry.not_private))
         if self.epsilon is None or self.delta is None:
             return f"No privacy is claimed{': ' + reasons if reasons else ''}."
+        if self.status == _DELTA_TOO_LARGE:
+            return (
+                f"No protection is claimed: δ = {self.delta:g} is at or above 1 / number of {self.unit}s, and publishing one "
+                f"{self.unit} whole could meet it."
+            )
         released = "the trained network" if len(self.entries) == 1 else f"all {len(self.entries)} runs together"
         learns = "learns little" if self.epsilon <= _LARGEST_MEANINGFUL_EPSILON else "may learn"
         whose = "any one patient's data were" if self.unit == "patient" else "any one image was"
@@ -169,11 +188,12 @@ class PrivacyReport:
             lines += ["", f"## Run {number}: {entry.entry_id[:8]}", "", *_entry_table(entry)]
         unnoised = dict.fromkeys(item for entry in self.entries for item in entry.unnoised)
         assumptions = dict.fromkeys(item for entry in self.entries for item in entry.assumptions)
-        lines += ["", "## What left without noise", "", *_bullets(unnoised, "nothing that the trainer knows of")]
+        lines += ["", "## What left without noise", "", *_bullets(unnoised, "nothing that the trainer was given")]
         lines += ["", "## What the claim rests on", "", *_bullets(assumptions, "nothing beyond the mechanism")]
         lines += ["", "## What it does not protect", "", *_bullets(dict.fromkeys(self.not_covered), "")]
         made_by = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        return "\n".join([*lines, "", f"Made from `{self.ledger}` by {made_by}.", ""])
+        state = f"`{self.ledger}` as of line {self.ledger_lines} (SHA-256 {self.ledger_hash[:16]})"
+        return "\n".join([*lines, "", f"Made from {state} by {made_by}.", ""])
 
     def write(self, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
         """Write ``privacy_report.json`` and ``privacy_report.md`` into ``folder``, made where missing."""
@@ -208,10 +228,10 @@ def _claim_table(report: PrivacyReport) -> list[str]:
 
 def _entry_table(entry: ReportEntry) -> list[str]:
     rows = [
-        ("mechanism", "DP-SGD: Gaussian noise on the sum of clipped gradients"),
-        ("sampling", "Poisson, each unit on its own coin"),
+        ("mechanism", entry.mechanism),
         ("steps recorded", f"{entry.steps} of {entry.planned_steps} planned"),
         (f"ε at δ {entry.delta:g}, this run alone", _say(entry.epsilon)),
+        ("the same, of all planned steps", _say(entry.epsilon_of_planned_steps)),
         *((name, str(value)) for name, value in entry.facts.items()),
     ]
     return _table(rows)
@@ -238,24 +258,37 @@ def _factor(epsilon: float) -> str:
     """e^ε, rounded up to three digits, or to a power of ten where it is astronomical."""
     if epsilon > 50:
         return f"10^{math.ceil(epsilon / math.log(10))}"
-    return f"{Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(math.exp(epsilon))):.3g}"
+    return f"{float(Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(math.exp(epsilon)))):.3g}"
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _status(entries: tuple[LedgerEntry, ...]) -> str:
+def _status(entries: tuple[LedgerEntry, ...], delta: float) -> str:
+    if any(entry.not_private for entry in entries):
+        return "not private"
+    if any(delta * int(entry.facts.get("num_patients", 1)) >= 1 for entry in entries):
+        return _DELTA_TOO_LARGE
     if any(item.startswith("training") for entry in entries for item in entry.unnoised):
         return "formal for the network alone"
     return "formal, with assumptions"
 
 
+def _mechanism(step: DpEvent) -> str:
+    if isinstance(step, dp_event.PoissonSampledDpEvent):
+        return "Gaussian noise on a Poisson draw, each unit on its own coin (DP-SGD)"
+    return "Gaussian noise, no sampling" if isinstance(step, dp_event.GaussianDpEvent) else type(step).__name__
+
+
 def _report_entry(entry: LedgerEntry) -> ReportEntry:
+    planned = dp_event.SelfComposedDpEvent(entry.step, entry.planned_steps)
     alone = math.inf if entry.not_private else accountants.epsilon(entry.event, entry.delta)
     return ReportEntry(
         entry_id=entry.entry_id,
+        mechanism=_mechanism(entry.step),
         epsilon=_finite(alone),
+        epsilon_of_planned_steps=None if entry.not_private else _finite(accountants.epsilon(planned, entry.delta)),
         delta=entry.delta,
         steps=entry.steps,
         planned_steps=entry.planned_steps,

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from monai.handlers import ValidationHandler
 from torch import nn
 from torch.optim.optimizer import Optimizer
 
+from monai_privacy.data.loading import units_of
 from monai_privacy.networks import FoldedBatchNorm
 from monai_privacy.plan import DPSGDPlan
 
@@ -67,16 +68,48 @@ def refuse_unsupported(network: nn.Module, optimizer: Optimizer, kwargs: dict[st
 def unnoised_by(handlers: Any, release_train_statistics: bool) -> tuple[str, ...]:
     found = []
     if release_train_statistics:
-        found.append("training loss, training predictions and training metrics")
+        found.append("training images, loss, predictions and metrics, to whatever handler asks for them")
     if any(isinstance(handler, ValidationHandler) for handler in handlers or ()):
         found.append("metrics on the validation patients, and whatever was chosen by them")
     return tuple(found)
 
 
-def assumptions_of(plan: DPSGDPlan, network: nn.Module) -> tuple[str, ...]:
-    found = [f"the number of {plan.unit}s, {plan.num_patients}, is public"]
+def assumptions_of(
+    plan: DPSGDPlan, network: nn.Module, loss_function: Callable[..., Any], handlers: Any
+) -> tuple[str, ...]:
+    """What the claim of a run rests on besides its mechanism, in words."""
+    found = [
+        f"the number of {plan.unit}s, {plan.num_patients}, is public",
+        "the weights that training began with are public, or come from runs on this ledger",
+        "the numbers of each run, and when it was stopped, were not chosen by looking at what was released",
+    ]
     if plan.unit == "patient":
         found.append("all data of one patient carry one patient id")
+    else:
+        found.append("each image is listed once, or each time by the same file name")
+    if any(isinstance(handler, ValidationHandler) for handler in handlers or ()):
+        found.append("no validation patient is a training patient")
     if any(isinstance(module, FoldedBatchNorm) for module in network.modules()):
         found.append("the batch-norm statistics that were folded into the network are public")
+    if any(getattr(loss_function, name, None) is not None for name in ("weight", "pos_weight", "class_weight")):
+        found.append("the class weights in the loss are public")
     return tuple(found)
+
+
+def refuse_validation_on_training_patients(handlers: Any, units: Sequence[str], unit: str, patient_key: str) -> None:
+    """Raise ValueError where a ValidationHandler measures, without noise, patients who are trained on."""
+    for handler in handlers or ():
+        loader = getattr(getattr(handler, "validator", None), "data_loader", None)
+        dataset = getattr(loader, "dataset", None)
+        if not isinstance(handler, ValidationHandler) or dataset is None:
+            continue
+        try:
+            validated = set(units_of(dataset, unit=unit, patient_key=patient_key))
+        except ValueError:  # no patient ids there; the report names the assumption
+            continue
+        both = len(validated & {name for name in units if not name.startswith("row ")})
+        if both:
+            raise ValueError(
+                f"{both} {unit}s are both trained on and validated on: their metrics would leave without noise. Split by "
+                "patient (monai_privacy.data.split_patients)."
+            )

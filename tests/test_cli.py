@@ -154,7 +154,7 @@ def test_demo_compares_and_says_synthetic_unit_and_places(xrays, tmp_path):
     for told in ("SYNTHETIC", "without privacy", "with privacy", "one patient", "AUC", "ε", "0.001", "epoch 2/2"):
         assert told in done.stdout, told
     (folder,) = tmp_path.iterdir()
-    for place in ("with_privacy/privacy_report.md", "with_privacy/model.pt", "demo.png", "with_privacy/ledger.jsonl"):
+    for place in ("with_privacy/privacy_report.md", "with_privacy/model.pt", "demo.png", "ledger.jsonl"):
         assert (folder / place).is_file()
         assert place in done.stdout
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

@@ -52,10 +52,12 @@ from monai_privacy import (
 )
 
 
-def make_evaluator(network, **options) -> SupervisedEvaluator:
+def make_evaluator(network, *, records=None, **options) -> SupervisedEvaluator:
+    if records is None:
+        records = [record | {"patient_id": f"other-{record['patient_id']}"} for record in make_records(patients=6)]
     return SupervisedEvaluator(
         device="cpu",
-        val_data_loader=DataLoader(Dataset(make_records(patients=6), EnsureTyped("image")), batch_size=4),
+        val_data_loader=DataLoader(Dataset(records, EnsureTyped("image")), batch_size=4),
         network=network,
         postprocessing=Compose([Activationsd("pred", softmax=True), AsDiscreted("label", to_onehot=2)]),
         key_val_metric={"auc": ROCAUC(output_transform=from_engine(["pred", "label"]))},
@@ -77,6 +79,13 @@ def test_validation_runs_each_epoch_and_is_on_the_record(tmp_path):
     trainer.run()
     assert len(seen) == 2
     assert "validation patients" in trainer.ledger.entries[0].unnoised[0]
+
+
+def test_validation_on_training_patients_is_refused(tmp_path):
+    network = make_network()
+    evaluator = make_evaluator(network, records=make_records(patients=6))
+    with pytest.raises(ValueError, match="6 patients are both trained on and validated on"):
+        make_trainer(tmp_path / "ledger", network=network, train_handlers=[ValidationHandler(1, evaluator)])
 
 
 def test_loggers_show_epsilon_of_this_epoch_wherever_the_handler_stands(tmp_path):
@@ -191,6 +200,22 @@ def test_a_checkpoint_of_another_ledger_is_refused(tmp_path):
 def test_a_run_keeps_its_plan(tmp_path):
     checkpointed(tmp_path, tmp_path / "ledger", epochs=1, plan=plan_of(2)).run()
     with pytest.raises(ValueError, match="a run keeps its plan"):
+        checkpointed(tmp_path, tmp_path / "ledger", epochs=3, plan=plan_of(3), resume=True).run()
+
+
+def test_a_resumed_run_may_not_let_out_more_than_its_entry_says(tmp_path):
+    checkpointed(tmp_path, tmp_path / "ledger", epochs=1, plan=plan_of(2)).run()
+    for more in ({"insecure_seed": 5}, {"release_train_statistics": True}):
+        with pytest.raises(ValueError, match="which does not have: "):
+            checkpointed(tmp_path, tmp_path / "ledger", epochs=2, plan=plan_of(2), resume=True, **more).run()
+
+
+def test_an_older_copy_of_the_ledger_is_noticed(tmp_path):
+    checkpointed(tmp_path, tmp_path / "ledger", epochs=1, plan=plan_of(3)).run()
+    copy = (tmp_path / "ledger").read_bytes()
+    checkpointed(tmp_path, tmp_path / "ledger", epochs=2, plan=plan_of(3), resume=True).run()
+    (tmp_path / "ledger").write_bytes(copy)
+    with pytest.raises(LedgerError, match="it is an older copy"):
         checkpointed(tmp_path, tmp_path / "ledger", epochs=3, plan=plan_of(3), resume=True).run()
 
 

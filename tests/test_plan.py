@@ -139,7 +139,7 @@ def test_for_epochs(unit: str) -> None:
 
 @pytest.mark.parametrize("epochs", [0, -1, 1.5, True, "3", None])
 def test_bad_epochs(epochs: object) -> None:
-    with pytest.raises(ValueError, match="^epochs is "):
+    with pytest.raises(ValueError, match=r"^epochs is "):
         DPSGDPlan.for_epochs(num_patients=100, expected_batch_size=20, epochs=epochs, delta=1e-3)  # type: ignore[arg-type]
 
 
@@ -155,7 +155,7 @@ def test_the_steps_of_a_plan_cost_what_the_plan_says() -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, True, "7"])
 def test_bad_steps(steps: object) -> None:
-    with pytest.raises(ValueError, match="^steps is "):
+    with pytest.raises(ValueError, match=r"^steps is "):
         make_plan().epsilon(steps)  # type: ignore[arg-type]
 
 
@@ -178,7 +178,7 @@ def test_calibrate_returns_a_new_plan_with_the_least_noise() -> None:
 
 @pytest.mark.parametrize("epsilon", [0, -1.0, math.nan, math.inf, True, "3", None])
 def test_bad_target(epsilon: object) -> None:
-    with pytest.raises(ValueError, match="^epsilon is "):
+    with pytest.raises(ValueError, match=r"^epsilon is "):
         DPSGDPlan(**NUMBERS).calibrate(epsilon)  # type: ignore[arg-type]
 
 

@@ -33,6 +33,7 @@ _INTERVAL = 1e-4
 # Below this ε the discretisation of the privacy loss dominates the PLD bound: refine it.
 _SMALL_EPSILON = 0.1
 _FINE_INTERVAL = 1e-5
+_COARSE_INTERVAL = 1e-3
 # Above this ε a PLD needs much memory and time, and no decision hangs on the difference.
 _LARGE_EPSILON = 100.0
 
@@ -96,6 +97,13 @@ def epsilon_bounds(event: DpEvent, delta: float) -> EpsilonBounds:
     if min(by_pld, by_rdp) < _SMALL_EPSILON:
         by_pld = min(by_pld, _pld_epsilon(counts, delta, _FINE_INTERVAL))
     return EpsilonBounds(delta=delta, pld=by_pld, rdp=by_rdp)
+
+
+def coarse_epsilon(event: DpEvent, delta: float) -> float:
+    """A looser bound than :func:`epsilon`, some ten times as fast: to search with, never to claim."""
+    delta = checked_delta(delta)
+    by_rdp = rdp_epsilon(event, delta)
+    return min(by_rdp, _pld_epsilon(leaves(event), delta, _COARSE_INTERVAL)) if by_rdp < _LARGE_EPSILON else by_rdp
 
 
 def affordable_steps(step: DpEvent, budget: PrivacyBudget, *, spent: DpEvent | None = None, at_most: int) -> int:

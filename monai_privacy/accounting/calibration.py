@@ -25,6 +25,8 @@ from monai_privacy.accounting.values import checked_delta, checked_epsilon
 # The result stays within 0.1 % below the target and never above it.
 _TOLERANCE = 1e-3
 _SMALLEST, _LARGEST = 0.05, 1e5
+# Below this ε the coarse PLD's own error is no longer small.
+_COARSE_FROM = 0.5
 
 
 def calibrate_noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
@@ -44,8 +46,13 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sample_rate: flo
     def event(sigma: float) -> DpEvent:
         return dpsgd_event(sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
 
-    # RDP is fast and never below the claim, so the noise it asks for is enough: PLD is asked how much less will do.
+    # Fast bounds first, none below the claim, so that the noise each asks for is enough: RDP, whose answer is often 7 to
+    # 13 % too much, then a coarse PLD. The claim itself is asked last, and mostly once.
     enough = _least_noise(lambda sigma: accountants.rdp_epsilon(event(sigma), delta), target, start=1.0, stride=2.0)
+    if target >= _COARSE_FROM:
+        enough = _least_noise(
+            lambda sigma: accountants.coarse_epsilon(event(sigma), delta), target, start=enough, stride=1.15
+        )
     return _least_noise(lambda sigma: accountants.epsilon(event(sigma), delta), target, start=enough, stride=1.15)
 
 

@@ -133,6 +133,11 @@ class PrivacyLedger:
         return self._known(entry_id)
 
     @property
+    def head(self) -> tuple[int, str]:
+        """Number and SHA-256 of the last line that was read: they name that state of the ledger."""
+        return self._file.head
+
+    @property
     def event(self) -> DpEvent:
         """Everything that was released."""
         return composed(entry.event for entry in self.entries if entry.steps)

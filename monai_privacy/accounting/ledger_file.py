@@ -106,6 +106,11 @@ class LedgerFile:
         else:
             self._check_cut_short(last)
 
+    @property
+    def head(self) -> tuple[int, str]:
+        """Number and SHA-256 of the last line read."""
+        return self._read.lines, self._read.last_hash
+
     def append(self, record: dict[str, Any]) -> None:
         """Add one line and wait until it is on the disk; call it while holding the lock, after ``read_new``.
 

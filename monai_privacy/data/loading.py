@@ -14,11 +14,14 @@
 from __future__ import annotations
 
 import math
+import numbers
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from monai.data import DistributedSampler, SmartCacheDataset, ThreadDataLoader, list_data_collate
+from monai.data.utils import set_rnd
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -32,6 +35,7 @@ from torch.utils.data import (
 )
 
 from monai_privacy.data.sampling import PoissonPatientSampler
+from monai_privacy.mechanisms.randomness import InsecureSeeds, SeedSource, fresh_randomness, system_seed
 
 PATIENT_KEY = "patient_id"
 
@@ -100,7 +104,12 @@ def poisson_loader(
     )
     # Not a ThreadDataLoader even where the user has one: it swallows an error in its thread and ends the epoch early.
     return DataLoader(
-        _WithUnits(loader.dataset, units),
+        _WithUnits(
+            loader.dataset,
+            units,
+            patient_key=patient_key if unit == "patient" else None,
+            seeds=system_seed if insecure_seed is None else InsecureSeeds(insecure_seed),
+        ),
         batch_sampler=sampler,
         collate_fn=_CollateDraw(loader.collate_fn),
         num_workers=loader.num_workers,
@@ -147,7 +156,7 @@ def check_loader(loader: Any) -> None:
 
 def _check_sampler(sampler: Any) -> None:
     # monai.data.DistributedSampler and torch's only shard the dataset: the Poisson draw shards by itself.
-    is_plain = type(sampler) is SequentialSampler or isinstance(sampler, DistributedSampler)
+    is_plain = type(sampler) is SequentialSampler or type(sampler) is DistributedSampler
     is_shuffle = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
     if not (is_plain or is_shuffle or type(sampler) is torch.utils.data.DistributedSampler):
         raise ValueError(
@@ -164,7 +173,7 @@ def units_of(dataset: Dataset, *, unit: str = "patient", patient_key: str = PATI
         ValueError: where the records cannot be seen, or one has no patient id and ``unit`` is "patient".
     """
     if unit == "image":
-        return [f"image-{row}" for row in range(len(dataset))]  # type: ignore[arg-type]
+        return [_image_id(dataset, row) for row in range(len(dataset))]  # type: ignore[arg-type]
     return [_patient_id(record, row, patient_key) for row, record in enumerate(_records_of(dataset))]
 
 
@@ -186,30 +195,85 @@ def _records_of(dataset: Any) -> Sequence[Any]:
     return records
 
 
+def _image_id(dataset: Any, row: int) -> str:
+    # An image that is listed several times, to be seen more often, is one unit.
+    records = getattr(dataset, "data", None)
+    record = records[row] if isinstance(records, Sequence) and len(records) == len(dataset) else None
+    image = record.get("image") if isinstance(record, Mapping) else record
+    return f"file {os.fspath(image)}" if isinstance(image, (str, os.PathLike)) else f"row {row}"
+
+
 def _patient_id(record: Any, row: int, patient_key: str) -> str:
     value = record.get(patient_key) if isinstance(record, Mapping) else None
-    is_nan = isinstance(value, float) and math.isnan(value)
-    if value is None or is_nan or not str(value).strip():
+    is_number = isinstance(value, numbers.Number) and not isinstance(value, numbers.Integral)
+    if value is None or (is_number and math.isnan(value)) or not str(value).strip():  # type: ignore[arg-type]
         raise ValueError(
             f"record {row} has {patient_key}={value!r}: without a patient id the guarantee cannot be per patient. Add "
             f'{patient_key} to every record of the datalist, or ask for unit="image".'
         )
-    return str(value)
+    if is_number or isinstance(value, bool):
+        raise ValueError(
+            f"record {row} has {patient_key}={value!r}, a {type(value).__name__}: the same patient may be written "
+            "otherwise elsewhere (1 and 1.0). Give patient ids as text or whole numbers."
+        )
+    return str(value).strip()
 
 
 class _WithUnits(Dataset):
-    """The user's dataset, each sample beside the number of its unit."""
+    """The user's dataset, each sample beside the number of its unit.
 
-    def __init__(self, dataset: Any, units: Sequence[str]) -> None:
+    Each sample is made with randomness of its own: under a fixed seed a patient's augmentation would depend on who was
+    loaded before them.
+    """
+
+    def __init__(self, dataset: Any, units: Sequence[str], *, patient_key: str | None, seeds: SeedSource) -> None:
         self.dataset = dataset
-        numbers = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
-        self._units = torch.tensor([numbers[unit] for unit in units], dtype=torch.int64)
+        self.units = tuple(units)
+        self._patient_key = patient_key
+        self._seeds = seeds
+        number_of = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
+        self._numbers = torch.tensor([number_of[unit] for unit in units], dtype=torch.int64)
 
     def __len__(self) -> int:
-        return len(self._units)
+        return len(self._numbers)
 
     def __getitem__(self, row: int) -> tuple[int, Any]:
-        return int(self._units[row]), self.dataset[row]
+        seed = self._seeds()
+        for transform in _transforms_of(self.dataset):
+            set_rnd(transform, seed % 2**32)
+        with fresh_randomness(seed):
+            sample = self.dataset[row]
+        self._check_owner(row, sample)
+        return int(self._numbers[row]), sample
+
+    def _check_owner(self, row: int, sample: Any) -> None:
+        """A dataset that was changed, or that gives another record in place of a broken one, must not change owners."""
+        for item in sample if isinstance(sample, list) else [sample]:
+            if self._patient_key is None or not isinstance(item, Mapping) or self._patient_key not in item:
+                continue
+            found = _patient_id(item, row, self._patient_key)
+            if found != self.units[row]:
+                raise ValueError(
+                    f"row {row} gave a sample of another patient than its record names: the patients would be counted "
+                    "wrongly. Do not change the dataset once the trainer has it, nor replace one record by another."
+                )
+
+
+def _transforms_of(dataset: Any) -> list[Any]:
+    found = [getattr(dataset, "transform", None)]
+    if isinstance(dataset, Subset):
+        found += _transforms_of(dataset.dataset)
+    return [transform for transform in found if transform is not None]
+
+
+def require_unchanged(loader: Any, *, unit: str, patient_key: str) -> None:
+    """Raise ValueError where the records of a :func:`poisson_loader` are no longer those that it was made for."""
+    wrapped: _WithUnits = loader.dataset
+    if tuple(units_of(wrapped.dataset, unit=unit, patient_key=patient_key)) != wrapped.units:
+        raise ValueError(
+            "the dataset's records have changed since the trainer was made: the patients would be counted wrongly. Make "
+            "a new trainer for new records."
+        )
 
 
 class _CollateDraw:

@@ -9,7 +9,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The report, written when training ends."""
+"""The report, kept up to date while training goes on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from monai_privacy.report import PrivacyReport
 
 
 class PrivacyReportHandler:
-    """Writes ``privacy_report.json`` and ``privacy_report.md``, recomputed from the ledger, when the run ends.
+    """Writes ``privacy_report.json`` and ``privacy_report.md``, recomputed from the ledger, after each epoch and at the end.
 
     Args:
         output_dir: folder for both files; made where missing.
@@ -41,6 +41,8 @@ class PrivacyReportHandler:
                 f"{type(self).__name__} is attached to a {type(engine).__name__}: it has no ledger. Attach it to a "
                 "DPSupervisedTrainer."
             )
+        # Each epoch: a run that dies leaves checkpoints, and beside them a report that says which ledger line it knew.
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: DPSupervisedTrainer) -> None:

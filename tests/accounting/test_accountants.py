@@ -185,6 +185,19 @@ def test_a_run_in_pieces_costs_what_it_costs_in_one_piece() -> None:
     assert epsilon_bounds(pieces, 1e-5) == epsilon_bounds(whole, 1e-5)
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        dpsgd_event(sample_rate=0.1, noise_multiplier=3.0, steps=100),
+        dpsgd_event(sample_rate=1.0, noise_multiplier=50.0, steps=1000),
+        dpsgd_event(sample_rate=0.5, noise_multiplier=0.3, steps=10_000),
+        composed([GaussianDpEvent(3.0), dpsgd_event(sample_rate=0.1, noise_multiplier=3.0, steps=10)]),
+    ],
+)
+def test_the_bound_to_search_with_is_a_bound(event: DpEvent) -> None:
+    assert epsilon(event, 1e-5) * (1 - ROUNDING) <= accountants.coarse_epsilon(event, 1e-5) <= rdp_epsilon(event, 1e-5)
+
+
 def test_a_small_epsilon_is_computed_on_a_fine_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     # At an interval of 1e-4 this is 9 % above the exact value.
     event = dpsgd_event(sample_rate=1.0, noise_multiplier=10_000.0, steps=10_000)

@@ -104,7 +104,7 @@ def test_bad_sample_rate(value: object) -> None:
 
 
 def test_a_sample_rate_above_one_names_the_remedy() -> None:
-    with pytest.raises(ValueError, match="sample_rate is 1.5, above 1.*Lower expected_batch_size"):
+    with pytest.raises(ValueError, match=r"sample_rate is 1\.5, above 1.*Lower expected_batch_size"):
         dpsgd_event(sample_rate=1.5, noise_multiplier=1.0)
 
 
@@ -182,7 +182,7 @@ def test_mechanisms_without_an_accountant_are_refused(event: dp_event.DpEvent) -
     ids=str,
 )
 def test_damaged_records_are_refused(data: object) -> None:
-    with pytest.raises(ValueError, match="no event|no accountant|noise_multiplier"):
+    with pytest.raises(ValueError, match=r"no event|no accountant|noise_multiplier"):
         event_from_dict(data)  # type: ignore[arg-type]
 
 

@@ -241,7 +241,7 @@ def test_costs_of_different_units_are_not_added(written: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, {1, 2}, b"bytes", {"deep": [math.nan]}], ids=str)
 def test_facts_that_are_no_json_are_refused(written: Path, value: object) -> None:
     book, before = PrivacyLedger(written), written.read_bytes()
-    with pytest.raises(LedgerError, match="cannot be recorded.*Nothing was released"):
+    with pytest.raises(LedgerError, match=r"cannot be recorded.*Nothing was released"):
         begin(book, facts={"value": value})
     assert written.read_bytes() == before
     book.record_step(book.entries[0].entry_id)
@@ -518,7 +518,7 @@ def interrupted(action: Callable[[], object], after: int) -> bool:
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_anywhere_never_loses_a_step(tmp_path: Path) -> None:
     kept = 0
-    for after in range(0, 10_000):
+    for after in range(10_000):
         path = tmp_path / f"{after}.jsonl"
         book = PrivacyLedger(path)
         entry = begin(book)

@@ -206,6 +206,19 @@ def test_a_record_without_patient_id_is_refused(records, value):
         load(DataLoader(plain(records), batch_size=2))
 
 
+@pytest.mark.parametrize("value", [1.0, True])
+def test_ids_that_may_be_written_in_two_ways_are_refused(records, value):
+    records[7]["patient_id"] = value
+    with pytest.raises(ValueError, match="may be written otherwise elsewhere"):
+        load(DataLoader(plain(records), batch_size=2))
+
+
+def test_ids_are_the_same_with_blanks_and_as_numbers(records):
+    for record, value in zip(records, ["1", " 1 ", 1], strict=False):
+        record["patient_id"] = value
+    assert set(units_of(Dataset(records[:3]))) == {"1"}
+
+
 def test_records_that_lack_the_key_are_refused(records):
     del records[3]["patient_id"]
     with pytest.raises(ValueError, match="record 3 has patient_id=None"):
