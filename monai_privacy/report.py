@@ -155,8 +155,8 @@ class PrivacyReport:
             return f"No privacy is claimed{': ' + reasons if reasons else ''}."
         if self.status == _DELTA_TOO_LARGE:
             return (
-                f"No protection is claimed: δ = {self.delta:g} is at or above 1 / number of {self.unit}s, and publishing one "
-                f"{self.unit} whole could meet it."
+                f"No protection is claimed: δ = {self.delta:g} is at or above 1 / number of {self.unit}s, and publishing "
+                f"one {self.unit} whole could meet it."
             )
         released = "the trained network" if len(self.entries) == 1 else f"all {len(self.entries)} runs together"
         learns = "learns little" if self.epsilon <= _LARGEST_MEANINGFUL_EPSILON else "may learn"

@@ -44,10 +44,10 @@ class LedgerFile:
     """JSON lines that can only be added to.
 
     Each line carries its number and the SHA-256 of the line before it, so that a line that was changed, dropped, swapped
-    or inserted before others is noticed. The last lines have nothing after them: whoever puts back an older copy of the
-    whole file is noticed only by those that have it open. ``append`` returns only once the line is on the disk. A line
-    that a crash cut short was never acknowledged, so nothing was released under it: it is cut off before the next line
-    is added.
+    or inserted before others is noticed: accidents and careless edits, not a forger who computes the hashes anew. The
+    last lines have nothing after them: whoever puts back an older copy of the whole file is noticed only by those that
+    have it open. ``append`` returns only once the line is on the disk. A line that a crash cut short was never
+    acknowledged, so nothing was released under it: it is cut off before the next line is added.
 
     Args:
         path: the file; it and its folder are created where missing. Links are followed, so that all names of a file
