@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
 from rich.console import Console
 from rich.table import Table
@@ -167,6 +168,17 @@ def _quiet_logs() -> Iterator[None]:
         yield
     finally:
         logging.disable(previous)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # A patient's few small images are too little work to share: threads would spend their time waiting for each other.
+    previous = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(previous)
 
 
 def _summary(

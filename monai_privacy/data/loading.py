@@ -222,8 +222,8 @@ def _patient_id(record: Any, row: int, patient_key: str) -> str:
 class _WithUnits(Dataset):
     """The user's dataset, each sample beside the number of its unit.
 
-    Each sample is made with randomness of its own: under a fixed seed a patient's augmentation would depend on who was
-    loaded before them.
+    Each draw is made with fresh randomness: under a fixed seed a patient's augmentation would depend on who was loaded
+    before them.
     """
 
     def __init__(self, dataset: Any, units: Sequence[str], *, patient_key: str | None, seeds: SeedSource) -> None:
@@ -238,15 +238,17 @@ class _WithUnits(Dataset):
         return len(self._numbers)
 
     def __getitem__(self, row: int) -> tuple[int, Any]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[int, Any]]:
+        """All samples of a draw: torch's loader asks for them at once, so that the seed is set once a draw."""
         seed = self._seeds()
         for transform in _transforms_of(self.dataset):
             set_rnd(transform, seed % 2**32)
         with fresh_randomness(seed):
-            sample = self.dataset[row]
-        self._check_owner(row, sample)
-        return int(self._numbers[row]), sample
+            return [(int(self._numbers[row]), self._checked(row, self.dataset[row])) for row in rows]
 
-    def _check_owner(self, row: int, sample: Any) -> None:
+    def _checked(self, row: int, sample: Any) -> Any:
         """A dataset that was changed, or that gives another record in place of a broken one, must not change owners."""
         for item in sample if isinstance(sample, list) else [sample]:
             if self._patient_key is None or not isinstance(item, Mapping) or self._patient_key not in item:
@@ -257,6 +259,7 @@ class _WithUnits(Dataset):
                     f"row {row} gave a sample of another patient than its record names: the patients would be counted "
                     "wrongly. Do not change the dataset once the trainer has it, nor replace one record by another."
                 )
+        return sample
 
 
 def _transforms_of(dataset: Any) -> list[Any]:
