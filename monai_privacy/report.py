@@ -32,8 +32,8 @@ from monai_privacy.accounting.ledger import LedgerEntry, PrivacyLedger
 
 _GROUP_SIZES = (2, 5, 10)
 _DELTA_TOO_LARGE = "no protection: delta is too large"
-# Above this ε "learns little" would be a lie.
-_LARGEST_MEANINGFUL_EPSILON = 3.0
+# Above the first, where odds may nearly triple, "learns little" would be a lie; above the second the bound says nothing.
+_LITTLE, _LIMITED = 1.0, 10.0
 _NOT_COVERED = (
     "hyper-parameters that were chosen by looking at these patients",
     "statistics fitted on these patients, such as class weights or normalisation constants",
@@ -159,7 +159,8 @@ class PrivacyReport:
                 f"one {self.unit} whole could meet it."
             )
         released = "the trained network" if len(self.entries) == 1 else f"all {len(self.entries)} runs together"
-        learns = "learns little" if self.epsilon <= _LARGEST_MEANINGFUL_EPSILON else "may learn"
+        limited = "can learn only so much" if self.epsilon <= _LIMITED else "may learn"
+        learns = "learns little" if self.epsilon <= _LITTLE else limited
         whose = "any one patient's data were" if self.unit == "patient" else "any one image was"
         text = (
             f"Whoever sees {released} {learns} about whether {whose} used: the odds change by a factor of at most "
