@@ -197,8 +197,8 @@ def made(epsilon: float, **changes: Any) -> PrivacyReport:
 
 def test_the_claim_in_a_sentence() -> None:
     assert made(3.0).claim == (
-        "Whoever sees the trained network can learn only so much about whether any one patient's data were used: the odds change "
-        "by a factor of at most 20.1 (ε = 3.00), but for a chance of δ = 1e-05."
+        "Whoever sees the trained network can learn only so much about whether any one patient's data were used: the "
+        "odds change by a factor of at most 20.1 (ε = 3.00), but for a chance of δ = 1e-05."
     )
     two = made(3.0, entries=made(3.0).entries * 2)
     assert two.claim.startswith("Whoever sees all 2 runs together can learn only so much")
