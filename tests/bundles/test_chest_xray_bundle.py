@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -80,6 +81,7 @@ class Run(NamedTuple):
     """What a command left and wrote."""
 
     folder: Path
+    ledger: Path
     log: str
 
 
@@ -87,8 +89,9 @@ class Run(NamedTuple):
 def private(data, tmp_path_factory) -> Run:
     """A private training by the command of the bundle's README."""
     folder = tmp_path_factory.mktemp("private")
-    values = {"epsilon": TARGET_EPSILON, "delta": DELTA, "epochs": 2, "ledger_file": folder / "ledger.jsonl"}
-    return Run(folder, bundle_command([TRAIN, OVERLAY], dataset_dir=data.folder, output_dir=folder, **values))
+    values = {"epsilon": TARGET_EPSILON, "delta": DELTA, "epochs": 2}
+    log = bundle_command([TRAIN, OVERLAY], dataset_dir=data.folder, output_dir=folder, **values)
+    return Run(folder, data.folder / "ledger.jsonl", log)
 
 
 def bundle_command(configs: Sequence[Path], *, launcher: Sequence[str] = (), **values: object) -> str:
@@ -103,15 +106,15 @@ def bundle_command(configs: Sequence[Path], *, launcher: Sequence[str] = (), **v
 
 
 def overrides(data: Data, folder: Path, **values: object) -> dict[str, Any]:
-    # A ledger for each test: the default one lies beside the datalist, and these tests share that.
+    # A ledger for each folder: the default one lies beside the datalist, which the tests share.
     places = {"dataset_dir": str(data.folder), "output_dir": str(folder), "ledger_file": str(folder / "ledger.jsonl")}
     return {"bundle_root": str(BUNDLE), **places, **values}
 
 
-def with_noise(noise_multiplier: float, *, epsilon: float) -> dict[str, Any]:
+def private_overrides(noise_multiplier: float = 4.0) -> dict[str, Any]:
     """Overrides that give the overlay's plan its noise: finding it takes seconds, which one test spends."""
     noise = {"uncalibrated_plan#noise_multiplier": noise_multiplier, "plan": "@uncalibrated_plan"}
-    return noise | {"epsilon": epsilon, "delta": DELTA}
+    return noise | {"epsilon": TARGET_EPSILON, "delta": DELTA}
 
 
 def workflow(configs: Sequence[Path], kind: str, values: Mapping[str, Any]) -> ConfigWorkflow:
@@ -166,7 +169,7 @@ def test_the_network_takes_and_gives_what_the_metadata_say(config):
     ids=["train", "private", "evaluate", "inference"],
 )
 def test_the_workflow_has_every_property_that_monai_asks_for(data, tmp_path, configs, kind):
-    values = overrides(data, tmp_path, **(with_noise(1.0, epsilon=TARGET_EPSILON) if OVERLAY in configs else {}))
+    values = overrides(data, tmp_path, **(private_overrides() if OVERLAY in configs else {}))
     assert workflow(configs, kind, values).check_properties() == []
 
 
@@ -216,13 +219,13 @@ def test_plain_training_leaves_a_model_and_nothing_of_privacy(plain):
 
 
 def test_private_training_stays_below_its_epsilon_and_reports_it(private, data):
-    (entry,) = PrivacyLedger(private.folder / "ledger.jsonl").entries
+    (entry,) = PrivacyLedger(private.ledger).entries
     plan = DPSGDPlan.from_dict(entry.facts)
     assert plan.num_patients == count_patients(data.datalist["training"]) < len(data.datalist["training"])
     assert plan.expected_batch_size == round(0.28 * plan.num_patients)
     assert entry.unit == plan.unit == "patient"
     assert entry.steps == entry.planned_steps == 2 * plan.steps_per_epoch
-    recomputed = PrivacyReport.from_ledger(private.folder / "ledger.jsonl")
+    recomputed = PrivacyReport.from_ledger(private.ledger)
     assert (private.folder / "privacy_report.md").read_text(encoding="utf-8") == recomputed.to_markdown()
     report = json.loads((private.folder / "privacy_report.json").read_text(encoding="utf-8"))
     assert report == json.loads(recomputed.to_json())
@@ -238,16 +241,17 @@ def test_private_training_logs_epsilon_and_no_training_loss(private):
 
 
 def test_a_second_training_on_a_spent_ledger_is_refused_and_replaces_nothing(private, data):
-    before = {path.name: path.read_bytes() for path in private.folder.glob("*.*")}
-    (entry,) = PrivacyLedger(private.folder / "ledger.jsonl").entries
-    values = with_noise(entry.facts["noise_multiplier"], epsilon=TARGET_EPSILON) | {"epochs": 2}
+    files = [private.ledger, *private.folder.iterdir()]
+    before = [file.read_bytes() for file in files]
+    (entry,) = PrivacyLedger(private.ledger).entries
+    values = private_overrides(entry.facts["noise_multiplier"]) | {"epochs": 2, "ledger_file": str(private.ledger)}
     # MONAI wraps what a config's expression raises.
     with pytest.raises(RuntimeError) as refusal:
         train_bundle([TRAIN, OVERLAY], overrides(data, private.folder, **values))
     said = str(refusal.value.__cause__)
     assert "budget (epsilon 3, delta 0.001)" in said
     assert "is spent" in said
-    assert {path.name: path.read_bytes() for path in private.folder.glob("*.*")} == before
+    assert [file.read_bytes() for file in files] == before
 
 
 class StopAt:
@@ -264,7 +268,7 @@ class StopAt:
 
 
 def test_a_resumed_training_continues_its_ledger_entry(data, tmp_path):
-    values = overrides(data, tmp_path, epochs=3, **with_noise(4.0, epsilon=TARGET_EPSILON))
+    values = overrides(data, tmp_path, epochs=3, **private_overrides())
     with pytest.raises(KeyboardInterrupt):
         train_bundle([TRAIN, OVERLAY], values, handlers=[StopAt(iteration=6)])
     ledger = PrivacyLedger(tmp_path / "ledger.jsonl")
@@ -279,6 +283,16 @@ def test_a_resumed_training_continues_its_ledger_entry(data, tmp_path):
     assert trainer.state.iteration == 11
     assert json.loads((tmp_path / "privacy_report.json").read_text(encoding="utf-8"))["entries"][0]["steps"] == 12
     network_of(tmp_path / "model.pt")
+
+
+def test_a_private_training_does_not_go_on_from_a_plain_one(plain, data, tmp_path):
+    shutil.copy(plain / "resume_checkpoint_epoch=1.pt", tmp_path)
+    values = overrides(data, tmp_path, epochs=2, **private_overrides())
+    with pytest.raises(RuntimeError) as refusal:
+        train_bundle([TRAIN, OVERLAY, RESUME], values)
+    assert "'ledger_entry' is absent" in str(innermost(refusal.value))
+    assert not PrivacyLedger(tmp_path / "ledger.jsonl").entries
+    assert not (tmp_path / "model.pt").exists()
 
 
 def test_resuming_takes_the_newest_checkpoint(data, tmp_path, caplog):
@@ -305,8 +319,7 @@ def test_data_without_patient_ids_are_protected_by_image_or_not_at_all(data, tmp
         for name, records in datalist.items()
     }
     (tmp_path / "datalist.json").write_text(json.dumps(unnamed), encoding="utf-8")
-    values = overrides(data, tmp_path / "out", epochs=1, **with_noise(4.0, epsilon=TARGET_EPSILON))
-    values["dataset_dir"] = str(tmp_path)
+    values = overrides(data, tmp_path / "out", epochs=1, **private_overrides()) | {"dataset_dir": str(tmp_path)}
     with pytest.raises(RuntimeError) as refusal:
         train_bundle([TRAIN, OVERLAY], values)
     assert "without a patient id" in str(innermost(refusal.value))
@@ -409,7 +422,7 @@ def test_two_processes_train_one_private_network(data, tmp_path):
         "output_dir": tmp_path,
         "ledger_file": tmp_path / "ledger.jsonl",
         "epochs": 2,
-        **with_noise(4.0, epsilon=TARGET_EPSILON),
+        **private_overrides(),
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     bundle_command([TRAIN, MULTI_GPU, OVERLAY], launcher=launcher, device="$torch.device('cpu')", **values)
