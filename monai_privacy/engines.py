@@ -20,9 +20,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
-from monai.engines.utils import (
-    IterationEvents,
-)
+from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
@@ -192,6 +190,12 @@ class DPSupervisedTrainer(SupervisedTrainer):
         Raises:
             PrivacyBudgetError: where not even one step fits the plan and the budget; nothing is released.
         """
+        # Refused before the engine starts: on an error inside it, a CheckpointSaver(save_final=True) would write the
+        # untrained network over a model.
+        if self.ledger_entry is None:
+            self._group.first_does(self._require_room)
+        else:
+            self._require_steps_left()
         # Not Trainer.run: it makes a gradient scaler for amp, and scaled gradients would all be clipped.
         self.scaler = None
         self._stopping = False
@@ -346,9 +350,20 @@ class DPSupervisedTrainer(SupervisedTrainer):
         require_unchanged(self.data_loader, unit=self.plan.unit, patient_key=self._patient_key)
         if self.ledger_entry is None:
             setattr(self.state, _ENTRY, self._group.first_says(self._begin_entry))
-        entry = self.ledger.entry(self.state.ledger_entry)
-        self._require_same_run(entry)
+        self._require_same_run(self.ledger.entry(self.state.ledger_entry))
+        self._require_steps_left()
+
+    def _require_room(self) -> None:
+        self.ledger.require_room(
+            step=self.plan.step_event,
+            planned_steps=self.plan.steps,
+            unit=self.plan.unit,
+            not_private=self._not_private,
+        )
+
+    def _require_steps_left(self) -> None:
         if self._steps_left() < 1:
+            entry = self.ledger.entry(self.state.ledger_entry)
             raise PrivacyBudgetError(
                 f"entry {entry.entry_id[:8]} of {self.ledger.path} has no step left of {entry.planned_steps} planned "
                 f"({entry.steps} recorded) within budget {self.ledger.budget}: nothing was released. Plan a new run."

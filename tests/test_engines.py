@@ -292,6 +292,24 @@ def test_running_again_releases_nothing(tmp_path):
     assert trainer.ledger.entries[0].steps == 8
 
 
+def test_a_refused_run_does_not_start_the_engine(tmp_path):
+    """On an exception inside it, ``CheckpointSaver(save_final=True)`` writes the untrained network over a model."""
+    fired = []
+    plan = everybody(20, steps=2, noise_multiplier=1.0)
+    ledger = PrivacyLedger(tmp_path / "ledger", budget=PrivacyBudget(plan.epsilon() * 1.001, 1e-3))
+    for refusals in (0, 1, 2):
+        trainer = make_trainer(ledger, plan=plan, max_epochs=2)
+        for event in (Events.STARTED, Events.EXCEPTION_RAISED, Events.COMPLETED):
+            trainer.add_event_handler(event, lambda e, event=event: fired.append(event))
+        if not refusals:
+            trainer.run()
+            fired.clear()
+        with pytest.raises(PrivacyBudgetError):
+            trainer.run()
+    assert not fired
+    assert len(ledger.entries) == 1
+
+
 def test_a_refused_run_is_refused_each_time(tmp_path):
     ledger = PrivacyLedger(tmp_path / "ledger", budget=PrivacyBudget(0.01, 1e-3))
     trainer = make_trainer(ledger)

@@ -183,14 +183,28 @@ class PrivacyLedger:
             "assumptions": list(assumptions),
             "not_private": list(not_private),
         }
-        entry = _entry_from(record)
         with self._file.locked():
             self._refresh()
-            self._check_unit(unit)
-            if self._steps_within_budget(entry) < 1:
-                raise PrivacyBudgetError(self._spent_message(entry))
+            self._require_room(_entry_from(record))
             self._append(record)
-        return entry.entry_id
+        return str(record["entry"])
+
+    def require_room(self, *, step: DpEvent, planned_steps: int, unit: str, not_private: tuple[str, ...] = ()) -> None:
+        """Refuse what :meth:`begin` would refuse, and write nothing.
+
+        One more step of a run that has begun fits where one of a new run with the same step does.
+
+        Raises:
+            PrivacyBudgetError: where not even one step fits the budget.
+            ValueError: for a unit other than that of the runs before.
+        """
+        self._sync()
+        self._require_room(LedgerEntry("", unit, step, planned_steps, delta=0.5, not_private=not_private))
+
+    def _require_room(self, entry: LedgerEntry) -> None:
+        self._check_unit(entry.unit)
+        if self._steps_within_budget(entry) < 1:
+            raise PrivacyBudgetError(self._spent_message(entry))
 
     def steps_left(self, entry_id: str) -> int:
         """How many further steps of that run fit both its plan and the cohort's budget, as the file stands now."""
