@@ -42,7 +42,7 @@ from monai_privacy.data.loading import (
     units_of,
 )
 from monai_privacy.distributed import ProcessGroup
-from monai_privacy.mechanisms.clipping import clipped_gradient_sum
+from monai_privacy.mechanisms.clipping import ClippingMethod, GradientClipper
 from monai_privacy.mechanisms.losses import RowLoss
 from monai_privacy.mechanisms.noise import InsecureNoise, NoiseSource, SystemNoise
 from monai_privacy.mechanisms.probe import require_independent_rows
@@ -87,6 +87,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
         plan: the privacy numbers, calibrated.
         ledger: where each step is recorded before it is released.
         max_physical_batch_size: most rows in one call of the network; does not change the result.
+        clipping_method: see ``GradientClipper``.
         patient_key: key of the patient's id in the dataset's records.
         release_train_statistics: let the training loss, predictions and training metrics leave without noise. They are
             off otherwise: ``engine.state.output`` is empty, and ``key_train_metric`` is left out. The report says so.
@@ -119,6 +120,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
         plan: DPSGDPlan,
         ledger: PrivacyLedger,
         max_physical_batch_size: int | None = None,
+        clipping_method: ClippingMethod = "auto",
         patient_key: str = PATIENT_KEY,
         release_train_statistics: bool = False,
         assumptions: Sequence[str] = (),
@@ -165,6 +167,8 @@ class DPSupervisedTrainer(SupervisedTrainer):
         self._patient_key = patient_key
         self._noise: NoiseSource = SystemNoise() if insecure_seed is None else InsecureNoise(insecure_seed)
         self._max_physical_batch_size = max_physical_batch_size
+        self._clipping_method: ClippingMethod = clipping_method
+        self._clipping: tuple[tuple[int, ...], GradientClipper] | None = None
         self._release_train_statistics = release_train_statistics
         refuse_validation_on_training_patients(handlers, loader.dataset.units, plan.unit, patient_key)  # type: ignore[attr-defined]
         self._unnoised = unnoised_by(handlers, release_train_statistics)
@@ -248,28 +252,33 @@ class DPSupervisedTrainer(SupervisedTrainer):
             self._probe(forward, inputs, targets)
         predictions: list[tuple[Tensor, Any]] = []
 
-        def watched(rows_inputs: Tensor, rows: Tensor) -> Any:
-            outputs = forward(rows_inputs, rows)
-            if self._release_train_statistics:
-                predictions.append((rows, outputs.detach()))
-            return outputs
+        def observe(outputs: Tensor, rows: Tensor) -> None:
+            predictions.append((rows, outputs.detach()))
 
         counts = torch.bincount(patient_index)
-        result = clipped_gradient_sum(
-            self._plain_network,
-            self._row_loss,
+        result = self._clipper(parameters)(
             (inputs, targets),
             patient_index,
             self.plan.max_grad_norm,
-            parameters=parameters,
             # A mean over a patient's own rows: how many images they have does not scale their gradient.
             row_weights=(1.0 / counts[patient_index]).to(inputs.device),
             max_physical_batch_size=self._max_physical_batch_size,
-            forward=watched,
+            forward=forward,
+            observe=observe if self._release_train_statistics else None,
         )
         if predictions:
             statistics.append(training_statistics(self._row_loss, inputs, targets, predictions))
         return result.gradients
+
+    def _clipper(self, parameters: list[nn.Parameter]) -> GradientClipper:
+        """The clipper of these parameters: a scheduler that unfreezes layers gets a new one."""
+        key = tuple(id(parameter) for parameter in parameters)
+        if self._clipping is None or self._clipping[0] != key:
+            clipper = GradientClipper(
+                self._plain_network, self._row_loss, parameters=parameters, method=self._clipping_method
+            )
+            self._clipping = (key, clipper)
+        return self._clipping[1]
 
     def _release(self, parameters: Sequence[nn.Parameter], sums: Sequence[Tensor]) -> None:
         """Record the step, then give the parameters the noised mean gradient."""

@@ -35,7 +35,7 @@ def require_independent_rows(row_losses: Callable[[Tensor, Tensor], Tensor], inp
         targets: likewise.
     """
     with torch.no_grad():
-        base_inputs, base_targets = _synthetic(inputs), _synthetic_targets(targets)
+        base_inputs, base_targets = synthetic_rows(inputs, _ROWS), synthetic_targets(targets, _ROWS)
         expected = _repeatable(row_losses, base_inputs, base_targets)
         for changed_inputs, changed_targets in _perturbed(base_inputs, base_targets):
             try:
@@ -54,17 +54,19 @@ def require_independent_rows(row_losses: Callable[[Tensor, Tensor], Tensor], inp
                 )
 
 
-def _synthetic(like: Tensor) -> Tensor:
-    shape = (_ROWS, *like.shape[1:])
+def synthetic_rows(like: Tensor, rows: int) -> Tensor:
+    """(``rows``, ...) random inputs of the shape, dtype and device of the rows of ``like``."""
+    shape = (rows, *like.shape[1:])
     generator = torch.Generator().manual_seed(0)
     if like.is_floating_point():
         return torch.randn(shape, generator=generator).to(like)
     return torch.randint(0, 2, shape, generator=generator).to(like)
 
 
-def _synthetic_targets(like: Tensor) -> Tensor:
-    values = torch.arange(_ROWS) % 2
-    return values.reshape(-1, *[1] * (like.ndim - 1)).expand(_ROWS, *like.shape[1:]).clone().to(like)
+def synthetic_targets(like: Tensor, rows: int) -> Tensor:
+    """(``rows``, ...) targets, alternately 0 and 1, of the shape, dtype and device of the rows of ``like``."""
+    values = torch.arange(rows) % 2
+    return values.reshape(-1, *[1] * (like.ndim - 1)).expand(rows, *like.shape[1:]).clone().to(like)
 
 
 def _perturbed(inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -24,6 +24,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from monai_privacy.mechanisms.clipping.calls import channel_affine
 from monai_privacy.networks.check import is_quantized, unregistered_modules
 
 __all__ = ["FoldedBatchNorm", "convert_batch_norm"]
@@ -65,9 +66,8 @@ class FoldedBatchNorm(nn.Module):
         """
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"input has shape {x.shape}, not {self.num_features} channels. Pass (N, C, *spatial).")
-        shape = [1, self.num_features] + [1] * (x.dim() - 2)
-        # Back to the input's dtype as batch norm does: float32 weights would turn bfloat16 activations into float32.
-        return (x * self.weight.view(shape) + self.bias.view(shape)).to(x.dtype)
+        # In the input's dtype, as batch norm does: float32 weights would turn bfloat16 activations into float32.
+        return channel_affine(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Return what ``repr`` shows."""

@@ -19,75 +19,76 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from monai_privacy.mechanisms.clipping.chunk import Chunk
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 from monai_privacy.mechanisms.losses import RowLoss
 
 
-def clipped_gradient_sum(
-    network: nn.Module,
-    loss_function: Callable[..., Any],
-    batch: tuple[Tensor, Tensor],
-    patient_index: Tensor,
+def microbatch_sum(
+    forward: Callable[[Tensor, Tensor], Any],
+    row_loss: RowLoss,
+    chunk: Chunk,
+    parameters: Sequence[nn.Parameter],
     max_grad_norm: float,
     *,
-    parameters: Sequence[nn.Parameter] | None = None,
-    row_weights: Tensor | None = None,
-    max_physical_batch_size: int | None = None,
-    forward: Callable[[Tensor, Tensor], Any] | None = None,
+    max_rows: int | None = None,
+    observe: Callable[[Any, Tensor], None] | None = None,
 ) -> ClippedGradientSum:
-    """Sum the gradients of a batch, each patient's clipped once.
+    """Clip and sum the gradients of a chunk; the network sees the rows of one patient at a time.
 
-    All rows of a patient, whatever images, crops or augmented views they are, make one gradient. A patient whose
-    gradient is not finite counts as zero. The network sees the rows of one patient at a time, so that nothing in it,
-    and nothing in the loss, can mix patients; it is never called for no rows.
+    Nothing in the network or the loss can then mix patients, and it is never called for no rows.
 
     Args:
-        network: any module; buffers that it updates in forward are not covered by the guarantee (see
-            ``networks.check_network``).
-        loss_function: ``loss_function(outputs, targets)``; made a loss for each row by :class:`RowLoss`.
-        batch: inputs and targets, B rows each.
-        patient_index: (B,) integers, one a row; need not be sorted or start at zero.
+        forward: ``forward(inputs, rows)``, the network on these inputs, rows (R,) of the batch.
+        row_loss: see :class:`RowLoss`.
+        chunk: the rows.
+        parameters: what to differentiate.
         max_grad_norm: L2 bound C on one patient's total gradient.
-        parameters: what to differentiate; the network's trainable parameters where None.
-        row_weights: (B,) factors on the rows' losses that depend on nothing but the patient's own rows; ones where
-            None, so that a patient's gradient is the sum over their rows.
-        max_physical_batch_size: most rows in one call of the network; does not change the result.
-        forward: ``forward(inputs, rows)`` for these inputs, rows (R,) of the batch, in place of ``network(inputs)``.
+        max_rows: most rows in one call of the network; does not change the result.
+        observe: is shown what the network gave, and its rows, part by part.
 
-    Returns:
-        The sum, of the parameters' shapes, dtype and device, and the norms before clipping.
-
-    Guarantee: adding or removing one patient moves the sum by at most C in L2.
-    Reference: Abadi et al. 2016, Algorithm 1; Charles et al. 2024 for several rows a patient.
+    Raises:
+        ValueError: for networks with reentrant checkpoints.
     """
-    inputs, targets = batch
-    _check_rows(inputs, targets, patient_index)
-    params = [p for p in network.parameters() if p.requires_grad] if parameters is None else list(parameters)
-    totals = [torch.zeros_like(p) for p in params]
-    row_loss = loss_function if isinstance(loss_function, RowLoss) else RowLoss(loss_function)
+    totals = [torch.zeros_like(p) for p in parameters]
     norms = []
-    for rows in _rows_by_patient(patient_index):
-        gradients: list[Tensor | None] = [None] * len(params)
-        for part in rows.split(max_physical_batch_size or len(rows)):
-            outputs = network(inputs[part]) if forward is None else forward(inputs[part], part)
-            losses = row_loss(outputs, targets[part])
-            if row_weights is not None:
-                losses = losses * row_weights[part].to(losses)
-            found = torch.autograd.grad(losses.sum(), params, allow_unused=True)
+    for at in chunk.units.slices():
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        for start in range(at.start, at.stop, max_rows or (at.stop - at.start)):
+            part = slice(start, min(at.stop, start + (max_rows or at.stop)))
+            outputs = forward(chunk.inputs[part], chunk.rows[part])
+            losses = row_loss(outputs, chunk.targets[part])
+            if chunk.weights is not None:
+                losses = losses * chunk.weights[part].to(losses)
+            found = _gradients(losses.sum(), parameters)
+            if observe is not None:
+                observe(outputs, chunk.rows[part])
             gradients = [_plus(old, new) for old, new in zip(gradients, found, strict=True)]
-        norms.append(_add_clipped(totals, gradients, max_grad_norm))
-    device = patient_index.device
-    return ClippedGradientSum(
-        gradients=tuple(totals),
-        norms=torch.stack(norms) if norms else torch.zeros(0, dtype=torch.float64, device=device),
-    )
+        norms.append(_add_clipped(totals, gradients, max_grad_norm, chunk.inputs.device))
+    return ClippedGradientSum(gradients=tuple(totals), norms=torch.stack(norms))
 
 
-def _add_clipped(totals: list[Tensor], gradients: Sequence[Tensor | None], max_grad_norm: float) -> Tensor:
+def _gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    if not loss.requires_grad:
+        return [None] * len(parameters)
+    try:
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "the network has reentrant checkpoints, in which a patient's gradient cannot be had without the others'. "
+            "Pass use_reentrant=False to torch.utils.checkpoint."
+        ) from error
+
+
+def _add_clipped(
+    totals: list[Tensor], gradients: Sequence[Tensor | None], max_grad_norm: float, device: torch.device
+) -> Tensor:
     """Add one patient's gradient to ``totals``, scaled to norm at most C, and return its norm; never waits for a GPU."""
     used = [(total, gradient) for total, gradient in zip(totals, gradients, strict=True) if gradient is not None]
     if not used:
-        return torch.zeros((), dtype=torch.float64, device=totals[0].device if totals else None)
+        return torch.zeros((), dtype=torch.float64, device=device)
     # In float64: a float32 norm of a million elements is 4e-5 low, and squares of large gradients overflow.
     parts = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for _, gradient in used]
     norm = torch.linalg.vector_norm(torch.stack(parts))
@@ -103,23 +104,3 @@ def _plus(old: Tensor | None, new: Tensor | None) -> Tensor | None:
     if old is None or new is None:
         return new if old is None else old
     return old + new
-
-
-def _rows_by_patient(patient_index: Tensor) -> list[Tensor]:
-    if not len(patient_index):
-        return []
-    _, inverse, counts = patient_index.unique(return_inverse=True, return_counts=True)
-    return list(inverse.argsort(stable=True).split(counts.tolist()))
-
-
-def _check_rows(inputs: Tensor, targets: Tensor, patient_index: Tensor) -> None:
-    if patient_index.ndim != 1 or patient_index.is_floating_point():
-        raise ValueError(
-            f"patient_index has shape {tuple(patient_index.shape)} and dtype {patient_index.dtype}, but it must be one "
-            "integer for each row."
-        )
-    if not len(inputs) == len(targets) == len(patient_index):
-        raise ValueError(
-            f"{len(inputs)} inputs, {len(targets)} targets and {len(patient_index)} patients: each row must belong to "
-            "one patient. Give patient_index for each row that the network sees."
-        )

@@ -13,9 +13,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -30,3 +32,14 @@ class ClippedGradientSum:
 
     gradients: tuple[Tensor, ...]
     norms: Tensor
+
+    @classmethod
+    def nothing(cls, parameters: Sequence[nn.Parameter], patients: int, device: torch.device) -> ClippedGradientSum:
+        """What patients give on whose rows no parameter has any influence."""
+        zeros = tuple(torch.zeros_like(parameter) for parameter in parameters)
+        return cls(zeros, torch.zeros(patients, dtype=torch.float64, device=device))
+
+    def __add__(self, other: ClippedGradientSum) -> ClippedGradientSum:
+        """The sum over both groups of patients; norms one after the other."""
+        gradients = tuple(one + more for one, more in zip(self.gradients, other.gradients, strict=True))
+        return ClippedGradientSum(gradients, torch.cat([self.norms, other.norms]))

@@ -1,0 +1,148 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Which method for which layer: the fastest that was measured, within the memory there is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from monai_privacy.mechanisms.clipping.materials import Material
+from monai_privacy.mechanisms.clipping.operation import Method
+from monai_privacy.mechanisms.clipping.units import Units
+
+# Beside what plain training needs at its peak; the rest is what the backward pass has freed so far.
+_ALLOWANCE = 0.05
+_LEAST_ALLOWANCE = 4 << 20
+# A second run of a slow method would tell little and cost much.
+_CLEARLY_SLOWER = 2.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method, as it was chosen.
+
+    Args:
+        method: its name.
+        seconds: what it took, the forming of the clipped sum included; 0 where it was not measured.
+        nbytes: memory that it keeps until the clip factors are known.
+    """
+
+    method: str
+    seconds: float
+    nbytes: int
+
+
+class MemoryBudget:
+    """What one backward pass may hold beside the tensors of plain training, at the height that plain training reaches.
+
+    Args:
+        input_bytes: what the layers' inputs take, all of which plain training holds when its backward pass begins.
+    """
+
+    def __init__(self, input_bytes: int) -> None:
+        self._left = max(_LEAST_ALLOWANCE, int(_ALLOWANCE * input_bytes))
+
+    def admits(self, method: Method) -> bool:
+        """Whether the method fits now."""
+        return method.held + method.temporary <= self._left
+
+    def hold(self, nbytes: int) -> None:
+        """Count what a method keeps."""
+        self._left -= nbytes
+
+    def free(self, nbytes: int) -> None:
+        """Count an input that plain training would have freed by now."""
+        self._left += nbytes
+
+
+class MethodChooser:
+    """Remembers the fastest method of each layer; measures where it does not know it."""
+
+    def __init__(self) -> None:
+        self._choices: dict[tuple[object, ...], Choice] = {}
+
+    @property
+    def choices(self) -> dict[tuple[object, ...], Choice]:
+        """By number of the use and signature, the newest last."""
+        return dict(self._choices)
+
+    def collect(
+        self,
+        number: int,
+        signature: tuple[object, ...],
+        methods: Sequence[Method],
+        units: Units,
+        budget: MemoryBudget,
+        device: torch.device,
+    ) -> Material:
+        """Collect by the method that is known to be the fastest for this use, or find it.
+
+        Args:
+            number: the use in the pass: two layers of one shape have not the same memory left.
+            signature: what the time depends on, the number of rows apart.
+            methods: the candidates; one of them must always be admitted.
+            units: Poisson draws differ from step to step, so times are remembered by power of two.
+            budget: what may be held.
+            device: where it runs.
+        """
+        key = (number, signature, units.rows.bit_length(), units.number.bit_length(), units.equal is None)
+        known = self._choices.get(key)
+        chosen = next((m for m in methods if known is not None and m.name == known.method), None)
+        if chosen is not None:
+            material = chosen.collect()
+        else:
+            admitted = [method for method in methods if budget.admits(method)]
+            # Nothing fits: the one that holds least.
+            admitted = admitted or [min(methods, key=lambda m: m.held + m.temporary)]
+            material, self._choices[key] = _fastest(admitted, units, device)
+        budget.hold(material.nbytes)
+        return material
+
+
+def _fastest(methods: Sequence[Method], units: Units, device: torch.device) -> tuple[Material, Choice]:
+    if len(methods) == 1 or torch.are_deterministic_algorithms_enabled():
+        # By estimate: times would not repeat, and the methods' roundings differ.
+        method = min(methods, key=lambda m: m.arithmetic)
+        material = method.collect()
+        return material, Choice(method.name, 0.0, material.nbytes)
+    best: tuple[float, Material, str] | None = None
+    for method in sorted(methods, key=lambda m: m.arithmetic):
+        seconds, material = _timed(method.collect, units, device)
+        if best is None or seconds < _CLEARLY_SLOWER * best[0]:
+            again, material = _timed(method.collect, units, device)
+            seconds = min(seconds, again)
+        if best is None or seconds < best[0]:
+            best = (seconds, material, method.name)
+        del material
+    assert best is not None
+    seconds, material, name = best
+    return material, Choice(name, seconds, material.nbytes)
+
+
+def _timed(collect: Callable[[], Material], units: Units, device: torch.device) -> tuple[float, Material]:
+    ones = torch.ones(units.number, dtype=torch.float64, device=device)
+    finite = torch.ones(units.number, dtype=torch.bool, device=device)
+    _wait(device)
+    start = time.perf_counter()
+    material = collect()
+    material.weighted_sum(ones, finite)
+    _wait(device)
+    return time.perf_counter() - start, material
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

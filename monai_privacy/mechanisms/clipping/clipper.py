@@ -1,0 +1,169 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The clipped gradient sum, by the fastest method that is exact for the network at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from monai_privacy.mechanisms.clipping.choosing import MethodChooser
+from monai_privacy.mechanisms.clipping.chunk import Chunk, chunks
+from monai_privacy.mechanisms.clipping.interception import Key
+from monai_privacy.mechanisms.clipping.microbatch import microbatch_sum
+from monai_privacy.mechanisms.clipping.one_pass import NotSeenError, one_pass_sum
+from monai_privacy.mechanisms.clipping.ownership import find_fault
+from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
+from monai_privacy.mechanisms.losses import RowLoss
+
+ClippingMethod = Literal["auto", "one_pass", "microbatch"]
+Forward = Callable[[Tensor, Tensor], Any]
+Observe = Callable[[Any, Tensor], None]
+_METHODS = ("auto", "one_pass", "microbatch")
+
+
+class GradientClipper:
+    """Sums the gradients of batches, each patient's clipped once, and remembers what it learnt about the network.
+
+    The fast method is one backward pass for all patients, in which each operation with parameters is heard
+    (``Interception``). It is taken where a probe on synthetic rows shows that every row of every such operation
+    belongs to one row of the batch, and where no parameter is used unheard. Everywhere else patients go through the
+    network one at a time, which is right for any network.
+
+    Args:
+        network: any module; buffers that it updates in forward are not covered by the guarantee (see
+            ``networks.check_network``).
+        loss_function: ``loss_function(outputs, targets)``; made a loss for each row by :class:`RowLoss`.
+        parameters: what to differentiate; the network's trainable parameters where None.
+        method: "auto"; "microbatch" for one patient at a time; "one_pass" to raise where that would be needed.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss_function: Callable[..., Any],
+        *,
+        parameters: Sequence[nn.Parameter] | None = None,
+        method: ClippingMethod = "auto",
+    ) -> None:
+        if method not in _METHODS:
+            raise ValueError(f"method is {method!r}, which is not known. Use one of {', '.join(_METHODS)}.")
+        self._network = network
+        self._row_loss = loss_function if isinstance(loss_function, RowLoss) else RowLoss(loss_function)
+        self._given = None if parameters is None else list(parameters)
+        self._method = method
+        self._chooser = MethodChooser()
+        self._probed: dict[tuple[Key, ...] | None, str] = {}
+        self._faults: dict[object, str] = {}
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Why patients went through the network one at a time; empty where they never did."""
+        return tuple(dict.fromkeys(self._faults.values()))
+
+    def __call__(
+        self,
+        batch: tuple[Tensor, Tensor],
+        patient_index: Tensor,
+        max_grad_norm: float,
+        *,
+        row_weights: Tensor | None = None,
+        max_physical_batch_size: int | None = None,
+        forward: Forward | None = None,
+        observe: Observe | None = None,
+    ) -> ClippedGradientSum:
+        """See :func:`clipped_gradient_sum`."""
+        parameters = self._parameters()
+        call: Forward = (lambda inputs, rows: self._network(inputs)) if forward is None else forward
+        total: ClippedGradientSum | None = None
+        for chunk in chunks(batch, patient_index, row_weights, max_physical_batch_size):
+            result = self._sum(call, chunk, parameters, max_grad_norm, max_physical_batch_size, observe)
+            total = result if total is None else total + result
+        return ClippedGradientSum.nothing(parameters, 0, batch[0].device) if total is None else total
+
+    def _sum(
+        self,
+        forward: Forward,
+        chunk: Chunk,
+        parameters: list[nn.Parameter],
+        max_grad_norm: float,
+        max_rows: int | None,
+        observe: Observe | None,
+    ) -> ClippedGradientSum:
+        case = (self._network.training, chunk.inputs.shape[1:], chunk.inputs.dtype)
+        if self._method == "auto" and case not in self._faults and (reason := _is_opaque(self._network)):
+            self._faults[case] = reason
+        names = self._names(parameters)
+        too_many = max_rows is not None and len(chunk.rows) > max_rows
+        if self._method != "microbatch" and case not in self._faults and not too_many:
+            try:
+                return one_pass_sum(
+                    forward,
+                    self._row_loss,
+                    chunk,
+                    parameters,
+                    max_grad_norm,
+                    names=names,
+                    chooser=self._chooser,
+                    require_owned=lambda key: self._require_owned(key, forward, chunk, parameters, names),
+                    observe=observe,
+                )
+            except NotSeenError as error:
+                self._faults[case] = str(error)
+        if self._method == "one_pass":
+            raise ValueError(
+                f"method is 'one_pass', but {self._faults.get(case, 'a patient has more than max_physical_batch_size rows')}"
+                ": patients have to go through the network one at a time. Use method='auto'."
+            )
+        return microbatch_sum(
+            forward, self._row_loss, chunk, parameters, max_grad_norm, max_rows=max_rows, observe=observe
+        )
+
+    def _require_owned(
+        self,
+        key: tuple[Key, ...] | None,
+        forward: Forward,
+        chunk: Chunk,
+        parameters: list[nn.Parameter],
+        names: Sequence[str],
+    ) -> None:
+        if key not in self._probed:
+
+            def row_losses(inputs: Tensor, targets: Tensor) -> Tensor:
+                return self._row_loss(forward(inputs, chunk.rows[:1].expand(len(inputs))), targets)
+
+            found, fault = find_fault(parameters, names, row_losses, chunk.inputs, chunk.targets)
+            self._probed[found] = fault
+        fault = self._probed.get(key, "what the network calls depends on what it sees")
+        if fault:
+            raise NotSeenError(fault)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for p in self._network.parameters() if p.requires_grad] if self._given is None else self._given
+
+    def _names(self, parameters: Sequence[nn.Parameter]) -> list[str]:
+        known = {id(parameter): name for name, parameter in self._network.named_parameters()}
+        return [known.get(id(parameter), "a parameter") for parameter in parameters]
+
+
+def _is_opaque(network: nn.Module) -> str:
+    """Why it is no use to look into a network; empty where it is."""
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            return "batch norm mixes the rows of the batch"
+        # By name: importing torch._dynamo takes seconds.
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            return "torch.compile hides the operations of the network"
+    return ""

@@ -1,0 +1,232 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Convolutions and transposed convolutions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients, squared_norms
+from monai_privacy.mechanisms.clipping.operation import Choose, Found, Method, Operation, Wanted, by_unit, wide
+from monai_privacy.mechanisms.clipping.precision import full_precision
+from monai_privacy.mechanisms.clipping.units import Units
+
+_backward = torch.ops.aten.convolution_backward.default
+Size = tuple[int, ...]
+# Gram matrices are made for as many units at a time as take this much.
+_GRAM_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Convolution(Operation):
+    """``torch.conv1d`` to ``conv3d`` and their transposes, whatever stride, padding, dilation and groups.
+
+    Shape: x (R, C_in, *spatial), weight (C_out, C_in / groups, *kernel), or (C_in, C_out / groups, *kernel) if
+    transposed.
+    """
+
+    stride: Size
+    padding: Size
+    dilation: Size
+    groups: int
+    transposed: bool = False
+    output_padding: Size = ()
+    lower_precision = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """As torch calls it."""
+        return f"conv{'_transpose' if self.transposed else ''}{len(self.stride)}d"
+
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See the base class."""
+        assert weight is not None
+        return torch.ops.aten.convolution(x, weight, bias, *self._arguments), ()
+
+    def backward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        extra: tuple[Tensor, ...],
+        gradient: Tensor,
+        units: Units,
+        wanted: Wanted,
+        choose: Choose,
+    ) -> Found:
+        """See the base class."""
+        assert weight is not None
+        grad_x = (
+            _backward(gradient, x, weight, None, *self._arguments, (True, False, False))[0] if wanted.input else None
+        )
+        found_bias = None
+        if wanted.bias:
+            assert bias is not None
+            found_bias = by_unit(wide(gradient).flatten(2).sum(2), units, bias)
+        found_weight = None
+        if wanted.weight:
+            methods = self._methods(x, gradient, weight, units)
+            if wanted.gradients_only:
+                methods = [method for method in methods if method.name in ("loop", "grouped", "product")]
+            signature = (self, tuple(x.shape[1:]), tuple(weight.shape), x.dtype, x.device.type, wanted.gradients_only)
+            found_weight = choose(signature, methods)
+        return Found(grad_x, found_weight, found_bias)
+
+    @property
+    def _arguments(self) -> tuple[object, ...]:
+        output_padding = self.output_padding or (0,) * len(self.stride)
+        return self.stride, self.padding, self.dilation, self.transposed, output_padding, self.groups
+
+    def _methods(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> list[Method]:
+        size, rows = weight.numel() * max(4, weight.element_size()), units.rows
+        positions = math.prod((x if self.transposed else gradient).shape[2:])
+        one = 2.0 * weight.numel() * positions * rows  # an ordinary weight gradient
+        held = x.nbytes + gradient.nbytes
+        kept = units.number * size
+        several = rows * size if rows > units.number else 0
+        methods = [
+            Method("loop", lambda: self._loop(x, gradient, weight, units), kept, size, one),
+            Method("loop, norms", lambda: self._loop_norms(x, gradient, weight, units), held, 2 * size, 2 * one),
+        ]
+        if rows > 1:
+            methods.append(Method("grouped", lambda: self._grouped(x, gradient, weight, units), kept, several, one))
+        if not self.transposed and self.groups == 1 and set(weight.shape[2:]) == {1} and not any(self.padding):
+            methods.append(Method("product", lambda: self._product(x, gradient, weight, units), kept, several, one))
+        image, output = (gradient, x) if self.transposed else (x, gradient)
+        pixels = math.prod(n + 2 * p for n, p in zip(image.shape[2:], self.padding, strict=True))
+        per_unit = rows / units.number
+        gram = rows * (
+            2.0 * per_unit * pixels**2 * image.shape[1]
+            + per_unit * positions**2 * (2.0 * output.shape[1] + self.groups * math.prod(weight.shape[2:]))
+        )
+        if gram < 2 * one:
+            temporary = max(_GRAM_BYTES, self._gram_bytes(image, output, max(units.counts)))
+            methods.append(
+                Method("gram", lambda: self._gram(x, gradient, weight, units), held, temporary, 2 * gram + one)
+            )
+        return methods
+
+    def _gram_bytes(self, image: Tensor, output: Tensor, rows: int) -> int:
+        """What the Gram matrices of a unit of so many rows take, about."""
+        pixels = rows * math.prod(n + 2 * p for n, p in zip(image.shape[2:], self.padding, strict=True))
+        positions = rows * math.prod(output.shape[2:])
+        return 8 * (self.groups * (pixels**2 + 2 * positions**2) + pixels * image.shape[1] + positions * output.shape[1])
+
+    def _weight_gradient(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+        return _backward(gradient, x, weight, None, *self._arguments, (False, True, False))[1]
+
+    def _loop(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+        values = weight.new_empty((units.number, *weight.shape), dtype=wide(weight[:0]).dtype)
+        for unit, rows in enumerate(units.slices()):
+            values[unit] = self._weight_gradient(x[rows], gradient[rows], weight)
+        return UnitGradients(values)
+
+    def _loop_norms(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+        with full_precision(x):
+            squares = [
+                squared_norms(self._weight_gradient(wide(x[rows]), wide(gradient[rows]), wide(weight))[None])
+                for rows in units.slices()
+            ]
+        return self._postponed(torch.cat(squares), x, gradient, weight, units)
+
+    def _grouped(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+        """The rows folded into the channels: one weight gradient with R times as many groups."""
+        rows = len(x)
+        shape = (rows * weight.shape[0], *weight.shape[1:])
+        folded = replace(self, groups=rows * self.groups)
+        values = folded._weight_gradient(
+            x.reshape(1, -1, *x.shape[2:]),
+            gradient.reshape(1, -1, *gradient.shape[2:]),
+            weight.new_empty(shape),  # only its shape is asked for
+        )
+        return UnitGradients(units.sum(wide(values.unflatten(0, (rows, -1)))))
+
+    def _product(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+        """A pointwise convolution's gradient is one matrix product a row."""
+        steps = [slice(None, None, step) for step in self.stride]
+        seen = x[(slice(None), slice(None), *steps)].flatten(2)
+        values = torch.bmm(gradient.flatten(2), seen.transpose(1, 2))
+        return UnitGradients(units.sum(wide(values)).reshape(units.number, *weight.shape))
+
+    def _gram(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+        """Inner products of patches times those of output gradients, summed over pairs of positions.
+
+        ‖Σ_l patch_l g_lᵀ‖² = Σ_{l, m} ⟨patch_l, patch_m⟩⟨g_l, g_m⟩, over the positions of all rows of a unit. Products of
+        patches are sums of products of pixels, so that no patch is ever copied. In float64: the terms may cancel, and
+        a norm that is too small would break the bound.
+        """
+        # A transposed convolution's weight gradient is that of the convolution it transposes, with x for its output.
+        image, output = (gradient, x) if self.transposed else (x, gradient)
+        padding = [p for p in reversed(self.padding) for _ in range(2)]
+        squares = torch.zeros(units.number, dtype=torch.float64, device=x.device)
+        most = max(1, _GRAM_BYTES // self._gram_bytes(image, output, max(units.counts)))
+        for chosen, rows, block in units.blocks(most):
+            # A convolution in a block of its own: the large products of pixels go as soon as they are summed.
+            patches = self._patch_products(functional.pad(image[rows], padding), weight, output, block)
+            outputs = _positions(output[rows], block, self.groups)
+            patches *= outputs.transpose(1, 2) @ outputs
+            # Rounding may leave a zero norm slightly negative.
+            squares[chosen] = patches.flatten(1).sum(1).unflatten(0, (-1, self.groups)).sum(1).clamp_(min=0)
+        return self._postponed(squares, x, gradient, weight, units)
+
+    def _patch_products(self, image: Tensor, weight: Tensor, output: Tensor, units: Units) -> Tensor:
+        """(P G, n L, n L) inner products of the patches under each pair of positions."""
+        pixels = _positions(image, units, self.groups)
+        shape = (units.equal or 1, *image.shape[2:])
+        products = (pixels.transpose(1, 2) @ pixels).view(-1, *shape, *shape)
+        size = (units.equal or 1) * math.prod(output.shape[2:])
+        shifts = self._shifts(weight.shape[2:], output.shape[2:])
+        patches = products[next(shifts)].clone()
+        for shift in shifts:
+            patches += products[shift]
+        return patches.reshape(-1, size, size)
+
+    def _shifts(self, kernel: Size, output: Size) -> Iterator[tuple[slice, ...]]:
+        """For each offset in the kernel, the pixels that the output's positions see through it, twice."""
+        for offset in itertools.product(*(range(n) for n in kernel)):
+            seen = tuple(
+                slice(at * d, at * d + s * (n - 1) + 1, s)
+                for at, d, s, n in zip(offset, self.dilation, self.stride, output, strict=True)
+            )
+            yield (slice(None), slice(None), *seen, slice(None), *seen)
+
+    def _postponed(self, squares: Tensor, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+        def combine(factors: Tensor, finite: Tensor) -> Tensor:
+            scale = units.spread(factors).to(gradient.dtype if gradient.element_size() >= 4 else torch.float32)
+            rows = units.spread(finite)
+            inputs = zeroed(wide(x), rows)
+            scaled = zeroed(wide(gradient) * scale.view(-1, *[1] * (gradient.dim() - 1)), rows)
+            with full_precision(x):
+                return self._weight_gradient(inputs, scaled, wide(weight))
+
+        return Postponed(squares, combine, x.nbytes + gradient.nbytes)
+
+
+def zeroed(values: Tensor, finite: Tensor) -> Tensor:
+    """(R, ...) values with zeros in the rows that are not ``finite``: zero times infinity is not a number."""
+    # On a GPU the question itself would wait for the device; the pass over the tensor costs less.
+    if values.device.type == "cpu" and bool(finite.all()):
+        return values
+    return torch.where(finite.view(-1, *[1] * (values.dim() - 1)), values, 0)
+
+
+def _positions(values: Tensor, units: Units, groups: int) -> Tensor:
+    """(P n, G c, *spatial) to (P G, c, n L) in float64: the positions of all rows of a unit side by side."""
+    split = values.double().flatten(2).reshape(units.number, units.equal or 1, groups, -1, math.prod(values.shape[2:]))
+    return split.permute(0, 2, 3, 1, 4).reshape(units.number * groups, split.shape[3], -1)

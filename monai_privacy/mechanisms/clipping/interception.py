@@ -1,0 +1,192 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""One forward and one backward pass in which parameters receive no gradient, and their layers are heard instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from monai_privacy.mechanisms.clipping.calls import Call, read_call
+from monai_privacy.mechanisms.clipping.operation import Operation
+
+Key = tuple[str, tuple[int, ...], int]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A use of trained parameters in a forward pass.
+
+    Args:
+        number: counts the uses of the pass from zero.
+        operation: what was done.
+        weight: position of the weight among the trained parameters; None where it is not one.
+        bias: likewise.
+        rows: first dimension of the input.
+    """
+
+    number: int
+    operation: Operation
+    weight: int | None
+    bias: int | None
+    rows: int
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """Positions of the trained parameters."""
+        return tuple(at for at in (self.weight, self.bias) if at is not None)
+
+
+class Listener:
+    """What hears the uses of parameters in one pass; the base class computes and remembers nothing of gradients."""
+
+    def weights(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        """The values to compute with."""
+        return call.weight, call.bias
+
+    def heard(
+        self,
+        use: Use,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        extra: tuple[Tensor, ...],
+        gradient: Tensor,
+        wants_input: bool,
+    ) -> Tensor | None:
+        """The gradient of the input, where wanted; called once for each use in the backward pass."""
+        raise NotImplementedError
+
+
+@dataclass
+class Pass:
+    """One forward pass, as it was heard.
+
+    Args:
+        uses: all uses of trained parameters, in order.
+        times_used: how often each trained parameter was used, by position.
+        input_bytes: memory of the inputs that the uses saved.
+    """
+
+    uses: list[Use] = field(default_factory=list)
+    times_used: dict[int, int] = field(default_factory=dict)
+    input_bytes: int = 0
+
+    def key(self, rows: int) -> tuple[Key, ...] | None:
+        """What was called on what, for a batch of ``rows``; None where a use has rows that are no multiple of it."""
+        if any(use.rows % rows for use in self.uses):
+            return None
+        return tuple((use.operation.name, use.parameters, use.rows // rows) for use in self.uses)
+
+
+class Interception(TorchFunctionMode):
+    """While it is active, operations on trained parameters are heard by a listener instead of differentiated for them.
+
+    The listener decides what to make of inputs and output gradients. Whatever reaches a parameter's gradient all the
+    same is a use that was not seen here: the caller has to look (see ``GradientClipper``).
+
+    Args:
+        parameters: the trained parameters.
+        listener: hears each use.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], listener: Listener) -> None:
+        super().__init__()
+        self._positions = {id(parameter): at for at, parameter in enumerate(parameters)}
+        self._listener = listener
+        self._replaying = False
+        self.heard = Pass()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See ``TorchFunctionMode``."""
+        call = read_call(func, args, kwargs or {})
+        if call is None or not self._is_ours(call):
+            return func(*args, **(kwargs or {}))
+        return self._run(call)
+
+    def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter], *, retain_graph: bool = False) -> list[int]:
+        """Run the backward pass; return the positions of parameters that were used where it was not heard."""
+        # Checkpointed parts are run again inside of the backward pass: those calls are no further uses.
+        self._replaying = True
+        try:
+            found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=retain_graph)
+        finally:
+            self._replaying = False
+        return [at for at, gradient in enumerate(found) if gradient is not None]
+
+    def _is_ours(self, call: Call) -> bool:
+        """Whether every differentiable parameter of the call is a trained parameter, and there is one."""
+        tensors = [tensor for tensor in (call.weight, call.bias) if tensor is not None]
+        # A computed weight (weight norm, parametrizations) has parameters of its own, which would lose their gradient.
+        if any(t.requires_grad and not t.is_leaf for t in tensors) or id(call.x) in self._positions:
+            return False
+        return torch.is_grad_enabled() and any(id(tensor) in self._positions for tensor in tensors)
+
+    def _run(self, call: Call) -> Tensor:
+        x = call.x if type(call.x) is Tensor else call.x.as_subclass(Tensor)
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+            if call.operation.lower_precision:
+                x = x.to(torch.get_autocast_dtype(device))
+            elif device == "cuda":
+                x = x.float()
+        use = Use(
+            len(self.heard.uses),
+            call.operation,
+            self._position(call.weight),
+            self._position(call.bias),
+            len(x),
+        )
+        if not self._replaying:
+            self.heard.uses.append(use)
+            self.heard.input_bytes += x.nbytes
+            for at in use.parameters:
+                self.heard.times_used[at] = self.heard.times_used.get(at, 0) + 1
+        return _Heard.apply(use, self._listener, x, *self._listener.weights(call))  # type: ignore[no-any-return,no-untyped-call]
+
+    def _position(self, tensor: Tensor | None) -> int | None:
+        return None if tensor is None else self._positions.get(id(tensor))
+
+
+class _Heard(torch.autograd.Function):
+    """Computes an operation as torch does; gives a gradient to its input and none to its parameters."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, use: Use, listener: Listener, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        device = x.device.type
+        lowered = [w.to(x.dtype) if w is not None and use.operation.lower_precision else w for w in (weight, bias)]
+        with torch.autocast(device, enabled=False):
+            y, extra = use.operation.run(x, *lowered)
+        ctx.use, ctx.listener = use, listener
+        ctx.save_for_backward(x, weight, bias, *extra)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if gradient is None:
+            return (None,) * 5
+        x, weight, bias, *extra = ctx.saved_tensors
+        lowered = [w.to(x.dtype) if w is not None and ctx.use.operation.lower_precision else w for w in (weight, bias)]
+        with torch.autocast(x.device.type, enabled=False):
+            found = ctx.listener.heard(ctx.use, x, *lowered, tuple(extra), gradient, ctx.needs_input_grad[2])
+        return None, None, found, None, None

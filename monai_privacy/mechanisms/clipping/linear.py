@@ -1,0 +1,185 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Linear layers on inputs of any rank, and embeddings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from monai_privacy.mechanisms.clipping.convolution import zeroed
+from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients
+from monai_privacy.mechanisms.clipping.operation import Choose, Found, Method, Operation, Wanted, by_unit, wide
+from monai_privacy.mechanisms.clipping.precision import full_precision
+from monai_privacy.mechanisms.clipping.units import Units
+
+
+@dataclass(frozen=True)
+class Linear(Operation):
+    """``torch.nn.functional.linear``: x (R, ..., C_in), weight (C_out, C_in)."""
+
+    name = "linear"
+    lower_precision = True
+
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See the base class."""
+        assert weight is not None
+        return functional.linear(x, weight, bias), ()
+
+    def backward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        extra: tuple[Tensor, ...],
+        gradient: Tensor,
+        units: Units,
+        wanted: Wanted,
+        choose: Choose,
+    ) -> Found:
+        """See the base class."""
+        assert weight is not None
+        grad_x = gradient @ weight if wanted.input else None
+        rows, positions = len(x), math.prod(x.shape[1:-1])
+        x, gradient = x.reshape(rows, positions, -1), gradient.reshape(rows, positions, -1)
+        found_bias = None
+        if wanted.bias:
+            assert bias is not None
+            found_bias = by_unit(wide(gradient).sum(1), units, bias)
+        found_weight = None
+        if wanted.weight:
+            methods = self._methods(x, gradient, weight, units)
+            if wanted.gradients_only:
+                methods = methods[:1]
+            signature = (self.name, positions, tuple(weight.shape), x.dtype, x.device.type, wanted.gradients_only)
+            found_weight = choose(signature, methods)
+        return Found(grad_x, found_weight, found_bias)
+
+    def _methods(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> list[Method]:
+        rows, positions, channels = x.shape
+        size = weight.numel() * max(4, weight.element_size())
+        one = 2.0 * rows * positions * weight.numel()
+        products = rows * (rows / units.number) * positions**2
+        gram = 2.0 * products * (channels + gradient.shape[2])
+        temporary = rows * size if rows > units.number else 0
+        return [
+            Method("product", lambda: _product(x, gradient, units), units.number * size, temporary, one),
+            Method(
+                "gram",
+                lambda: _gram(x, gradient, weight, units),
+                x.nbytes + gradient.nbytes,
+                int(8 * (2 * products + x.numel() + gradient.numel())),
+                2 * gram + one,
+            ),
+        ]
+
+
+def _product(x: Tensor, gradient: Tensor, units: Units) -> Material:
+    return UnitGradients(units.sum(wide(torch.bmm(gradient.transpose(1, 2), x))))
+
+
+def _gram(x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+    """‖Σ_l g_l x_lᵀ‖² = Σ_{l, m} ⟨x_l, x_m⟩⟨g_l, g_m⟩ over the positions of all rows of a unit, in float64."""
+    squares = torch.zeros(units.number, dtype=torch.float64, device=x.device)
+    for chosen, rows, block in units.blocks(units.number):
+        inputs, outputs = (_positions(values[rows], block) for values in (x, gradient))
+        products = (inputs @ inputs.transpose(1, 2)) * (outputs @ outputs.transpose(1, 2))
+        # Rounding may leave a zero norm slightly negative.
+        squares[chosen] = products.flatten(1).sum(1).clamp_(min=0)
+
+    def combine(factors: Tensor, finite: Tensor) -> Tensor:
+        keep = units.spread(finite)
+        scaled = zeroed(wide(gradient) * units.spread(factors).to(wide(gradient[:0]).dtype)[:, None, None], keep)
+        with full_precision(x):
+            return scaled.flatten(0, 1).T @ zeroed(wide(x), keep).flatten(0, 1)
+
+    return Postponed(squares, combine, x.nbytes + gradient.nbytes)
+
+
+def _positions(values: Tensor, units: Units) -> Tensor:
+    return values.double().reshape(units.number, -1, values.shape[-1])
+
+
+@dataclass(frozen=True)
+class Embedding(Operation):
+    """``torch.nn.functional.embedding``: x (R, ...) integers, weight (V, C)."""
+
+    padding_idx: int | None = None
+    name = "embedding"
+
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See the base class."""
+        assert weight is not None
+        return functional.embedding(x, weight, self.padding_idx), ()
+
+    def backward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        extra: tuple[Tensor, ...],
+        gradient: Tensor,
+        units: Units,
+        wanted: Wanted,
+        choose: Choose,
+    ) -> Found:
+        """See the base class."""
+        if not wanted.weight:
+            return Found()
+        assert weight is not None
+        words = x.reshape(len(x), -1)
+        gradient = wide(gradient).reshape(*words.shape, -1)
+        if self.padding_idx is not None:
+            gradient = gradient * (words != self.padding_idx % len(weight)).unsqueeze(-1)
+        kept = units.number * weight.numel() * 4
+        methods = [
+            Method("scatter", lambda: _scatter(words, gradient, weight, units), kept, 0, gradient.numel()),
+            Method(
+                "equal words",
+                lambda: _equal_words(words, gradient, weight, units),
+                gradient.nbytes,
+                8 * words.shape[1] * words.numel(),
+                4.0 * words.shape[1] * gradient.numel(),
+            ),
+        ]
+        if wanted.gradients_only:
+            methods = methods[:1]
+        signature = (self.name, words.shape[1], tuple(weight.shape), x.device.type, wanted.gradients_only)
+        return Found(weight=choose(signature, methods))
+
+
+def _scatter(words: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+    owner = units.spread(torch.arange(units.number, device=words.device))
+    at = (owner[:, None] * len(weight) + words).flatten()
+    values = gradient.new_zeros((units.number * len(weight), weight.shape[1]))
+    return UnitGradients(values.index_add_(0, at, gradient.flatten(0, 1)).unflatten(0, (units.number, -1)))
+
+
+def _equal_words(words: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+    """Two positions with the same word share a row of the gradient, all others are orthogonal."""
+    squares = torch.zeros(units.number, dtype=torch.float64, device=words.device)
+    for chosen, rows, block in units.blocks(units.number):
+        values = _positions(gradient[rows], block)
+        seen = words[rows].reshape(block.number, -1)
+        products = (values @ values.transpose(1, 2)) * (seen[:, :, None] == seen[:, None, :])
+        squares[chosen] = products.flatten(1).sum(1).clamp_(min=0)
+
+    def combine(factors: Tensor, finite: Tensor) -> Tensor:
+        keep = units.spread(finite)
+        scaled = zeroed(gradient * units.spread(factors).to(gradient.dtype)[:, None, None], keep)
+        return scaled.new_zeros(weight.shape).index_add_(0, words.flatten(), scaled.flatten(0, 1))
+
+    return Postponed(squares, combine, gradient.nbytes)

@@ -1,0 +1,126 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What is kept of a layer's use in the backward pass until the clip factors are known.
+
+Either the gradient of each unit, or the units' squared norms and a way to form the clipped sum afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A float32 norm of a million elements is 4e-5 low on the CPU; in chunks of this many it is right to 1e-7.
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class UnitGradients:
+    """The gradient of each unit with respect to one parameter.
+
+    Args:
+        values: (P, *shape of the parameter).
+    """
+
+    values: Tensor
+
+    def squared_norms(self) -> Tensor:
+        """(P,) float64."""
+        return squared_norms(self.values)
+
+    def weighted_sum(self, factors: Tensor, finite: Tensor) -> Tensor:
+        """Σ over units of factor times gradient, units that are not ``finite`` left out; consumes ``values``."""
+        flat = self.values.reshape(len(self.values), -1)
+        flat = without(flat, finite)
+        return (factors.to(flat.dtype) @ flat).reshape(self.values.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held."""
+        return self.values.nbytes
+
+
+@dataclass(frozen=True)
+class Postponed:
+    """Norms now, the clipped sum later, from the input and the output gradient of the layer.
+
+    Args:
+        squares: (P,) float64 squared norms.
+        combine: (P,) factors and (P,) finite flags to the sum, of the parameter's shape.
+        nbytes: memory that is held.
+    """
+
+    squares: Tensor
+    combine: Callable[[Tensor, Tensor], Tensor]
+    nbytes: int
+
+    def squared_norms(self) -> Tensor:
+        """(P,) float64."""
+        return self.squares
+
+    def weighted_sum(self, factors: Tensor, finite: Tensor) -> Tensor:
+        """Σ over units of factor times gradient, units that are not ``finite`` left out."""
+        return self.combine(factors, finite)
+
+
+Material = UnitGradients | Postponed
+
+
+def squared_norms(values: Tensor) -> Tensor:
+    """(P, ...) tensors to (P,) float64 squared L2 norms over all but the first dimension.
+
+    In float32 a square overflows from 1.8e19 on and the norm is then not finite: such a patient counts as zero.
+    """
+    flat = values.reshape(len(values), -1)
+    size = flat.shape[1]
+    if flat.dtype == torch.float64 or size <= _CHUNK:
+        wide = flat if flat.dtype == torch.float64 else flat.float()
+        return torch.linalg.vector_norm(wide, dim=1).double().square()
+    whole = size - size % _CHUNK
+    parts = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, _CHUNK)).float(), dim=2).double().square().sum(1)
+    if whole < size:
+        parts = parts + torch.linalg.vector_norm(flat[:, whole:].float(), dim=1).double().square()
+    return parts
+
+
+def added(materials: Sequence[Material]) -> Material:
+    """One parameter's materials from several uses: the units' gradients add up before the norm.
+
+    Raises:
+        ValueError: where a use kept norms only, which do not add up.
+    """
+    if len(materials) == 1:
+        return materials[0]
+    kept = [material for material in materials if isinstance(material, UnitGradients)]
+    if len(kept) != len(materials):
+        raise ValueError("a parameter that is used more than once needs the units' gradients, not their norms.")
+    return UnitGradients(torch.stack([material.values for material in kept]).sum(0))
+
+
+def without(flat: Tensor, finite: Tensor) -> Tensor:
+    """(P, N) values with zeros for units that are not finite: zero times infinity is not a number. May write in place."""
+    # On a GPU the question itself would wait for the device; the write costs less.
+    if flat.device.type == "cpu" and bool(finite.all()):
+        return flat
+    return torch.where(finite[:, None], flat, 0)
+
+
+def clip_factors(materials: Iterable[Material], max_grad_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms before clipping, factors min(1, C/norm), and whether the norm is finite, (P,) each."""
+    squares = torch.stack([material.squared_norms() for material in materials]).sum(0)
+    norms = squares.sqrt()
+    finite = torch.isfinite(norms)
+    factors = (max_grad_norm / norms.clamp(min=1e-300)).clamp(max=1.0)
+    return norms, torch.where(finite, factors, 0.0), finite

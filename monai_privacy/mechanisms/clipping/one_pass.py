@@ -1,0 +1,149 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The fast method: all patients in one backward pass, each layer's norms and clipped sum from what passes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from monai_privacy.mechanisms.clipping.choosing import MemoryBudget, MethodChooser
+from monai_privacy.mechanisms.clipping.chunk import Chunk
+from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Pass, Use
+from monai_privacy.mechanisms.clipping.materials import Material, added, clip_factors
+from monai_privacy.mechanisms.clipping.operation import Method, Wanted
+from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
+from monai_privacy.mechanisms.clipping.units import Units
+from monai_privacy.mechanisms.losses import RowLoss
+
+
+class NotSeenError(Exception):
+    """The gradients of some parameter cannot be told apart by rows; the message says why."""
+
+
+def one_pass_sum(
+    forward: Callable[[Tensor, Tensor], Any],
+    row_loss: RowLoss,
+    chunk: Chunk,
+    parameters: Sequence[nn.Parameter],
+    max_grad_norm: float,
+    *,
+    names: Sequence[str],
+    chooser: MethodChooser,
+    require_owned: Callable[[tuple[Key, ...] | None], None],
+    observe: Callable[[Any, Tensor], None] | None = None,
+) -> ClippedGradientSum:
+    """Clip and sum the gradients of a chunk.
+
+    Args:
+        forward: ``forward(inputs, rows)``, the network on these inputs, rows (R,) of the batch.
+        row_loss: see :class:`RowLoss`.
+        chunk: the rows.
+        parameters: what to differentiate.
+        max_grad_norm: L2 bound C on one patient's total gradient.
+        names: of the parameters, for messages.
+        chooser: remembers methods.
+        require_owned: raises ``NotSeenError`` where the rows of what was called do not belong to the batch's rows.
+        observe: is shown what the network gave, and its rows, where the pass succeeded.
+
+    Raises:
+        NotSeenError: where the gradients cannot be had this way; nothing was changed.
+    """
+    units = chunk.units
+    listener = _Collector(units, chooser)
+    mode = Interception(parameters, listener)
+    with mode:
+        outputs = forward(chunk.inputs, chunk.rows)
+        losses = row_loss(outputs, chunk.targets)
+        loss = (losses if chunk.weights is None else losses * chunk.weights.to(losses)).sum()
+    if not loss.requires_grad:
+        return ClippedGradientSum.nothing(parameters, units.number, loss.device)
+    require_owned(mode.heard.key(units.rows))
+    listener.begin(mode.heard)
+    with mode:
+        unheard = mode.gradients(loss, parameters)
+    if unheard:
+        raise NotSeenError(f"{names[unheard[0]]} is used by an operation without a rule")
+    if observe is not None:
+        observe(outputs, chunk.rows)
+    return _summed(listener.materials, parameters, units, max_grad_norm, loss.device)
+
+
+@torch.no_grad()
+def _summed(
+    heard: dict[int, list[Material]],
+    parameters: Sequence[nn.Parameter],
+    units: Units,
+    max_grad_norm: float,
+    device: torch.device,
+) -> ClippedGradientSum:
+    materials = {at: added(heard.pop(at)) for at in list(heard)}
+    if not materials:
+        return ClippedGradientSum.nothing(parameters, units.number, device)
+    norms, factors, finite = clip_factors(materials.values(), max_grad_norm)
+    gradients = []
+    for at, parameter in enumerate(parameters):
+        # Taken out one by one, so that the memory goes as the sums come.
+        material = materials.pop(at, None)
+        gradients.append(
+            torch.zeros_like(parameter)
+            if material is None
+            else material.weighted_sum(factors, finite).reshape(parameter.shape).to(parameter.dtype)
+        )
+    return ClippedGradientSum(tuple(gradients), norms)
+
+
+class _Collector(Listener):
+    """Collects the materials of each parameter during the backward pass."""
+
+    def __init__(self, units: Units, chooser: MethodChooser) -> None:
+        self._units = units
+        self._chooser = chooser
+        self.materials: dict[int, list[Material]] = {}
+
+    def begin(self, heard: Pass) -> None:
+        """The forward pass is over: what it used is known."""
+        self._heard = heard
+        self._budget = MemoryBudget(heard.input_bytes)
+
+    def heard(
+        self,
+        use: Use,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        extra: tuple[Tensor, ...],
+        gradient: Tensor,
+        wants_input: bool,
+    ) -> Tensor | None:
+        """See the base class."""
+        times = self._heard.times_used
+        wanted = Wanted(
+            input=wants_input,
+            weight=use.weight is not None,
+            bias=use.bias is not None,
+            gradients_only=use.weight is not None and times[use.weight] > 1,
+        )
+        units = self._units.times(use.rows // self._units.rows)
+
+        def choose(signature: tuple[object, ...], methods: Sequence[Method]) -> Material:
+            return self._chooser.collect(use.number, signature, methods, units, self._budget, x.device)
+
+        found = use.operation.backward(x, weight, bias, extra, gradient, units, wanted, choose)
+        self._budget.free(x.nbytes)
+        for at, material in ((use.weight, found.weight), (use.bias, found.bias)):
+            if at is not None and material is not None:
+                self.materials.setdefault(at, []).append(material)
+        return found.input

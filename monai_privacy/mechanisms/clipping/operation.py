@@ -1,0 +1,116 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the clipping engine needs to know of an operation with parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from monai_privacy.mechanisms.clipping.materials import Material, UnitGradients
+from monai_privacy.mechanisms.clipping.units import Units
+
+
+@dataclass(frozen=True)
+class Method:
+    """One exact way to the norms of a weight's gradients by unit.
+
+    Args:
+        name: "loop", "grouped", "product", "gram" ...
+        collect: does it.
+        held: bytes that stay until the clip factors are known.
+        temporary: bytes beside that, while it works.
+        arithmetic: estimated multiplications and additions, the forming of the clipped sum included.
+    """
+
+    name: str
+    collect: Callable[[], Material]
+    held: int
+    temporary: int
+    arithmetic: float
+
+
+class Choose(Protocol):
+    """Choose one of several methods and return what it collects."""
+
+    def __call__(self, signature: tuple[object, ...], methods: Sequence[Method]) -> Material:
+        """Collect by the best of ``methods``; ``signature`` names the case, so that it is found once."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a backward pass is asked for.
+
+    Args:
+        input: the gradient of the input.
+        weight: the material of the weight.
+        bias: the material of the bias.
+        gradients_only: the parameter is used elsewhere too, so that norms alone would not do.
+    """
+
+    input: bool
+    weight: bool
+    bias: bool
+    gradients_only: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a backward pass gives; None for what was not wanted."""
+
+    input: Tensor | None = None
+    weight: Material | None = None
+    bias: Material | None = None
+
+
+class Operation(ABC):
+    """An operation ``y = f(x, weight, bias)`` in which row i of y depends on row i of x alone.
+
+    Rows are the first dimension of x. All methods work on plain tensors and are not differentiated themselves.
+    """
+
+    name: str
+    # Under autocast, the dtype policy of torch: these run in the lower precision.
+    lower_precision: bool = False
+
+    @abstractmethod
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output, and further tensors that :meth:`backward` needs."""
+
+    @abstractmethod
+    def backward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        extra: tuple[Tensor, ...],
+        gradient: Tensor,
+        units: Units,
+        wanted: Wanted,
+        choose: Choose,
+    ) -> Found:
+        """Input gradient and materials from the ``gradient`` of the output."""
+
+
+def by_unit(rows: Tensor, units: Units, like: Tensor) -> UnitGradients:
+    """(R, ...) gradients of rows to those of units, of the shape of ``like``."""
+    return UnitGradients(units.sum(rows).reshape(units.number, *like.shape))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: sums over patients in bfloat16 would round by more than a clipping norm."""
+    return tensor if tensor.element_size() >= 4 else tensor.float()
