@@ -13,16 +13,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
 import torch
+from randomgen import AESCounter
 from torch import Tensor
 
 # Bounds the memory of one draw to some tens of megabytes, whatever the size of the network.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 
 
 class NoiseSource(Protocol):
@@ -39,11 +41,12 @@ class NoiseSource(Protocol):
 
 
 class SystemNoise:
-    """Noise from the operating system's cryptographic generator; it has no state and cannot be seeded.
+    """Noise from a cryptographic generator, keyed anew by the operating system at each call; it cannot be seeded.
 
     A ``torch.Generator`` on the CPU keeps 32 bits of its seed and is linear besides: a coordinate whose gradient is
     known to be zero shows its noise, and from some hundred of those the noise of every other coordinate follows. So
-    each number is made from fresh bits of ``os.urandom`` (Box-Muller in float64, added in float64, rounded once).
+    the bits are those of AES-128 in counter mode under a key from ``os.urandom`` that is thrown away after the call;
+    they become normal numbers in float64 (ziggurat), are added in float64, and the sum is rounded once.
     ``set_determinism``, ``torch.manual_seed`` and checkpoints have no hold on it.
 
     On a CUDA device the noise is made by the device's own counter-based generator (Philox), seeded anew from the
@@ -54,17 +57,52 @@ class SystemNoise:
 
     def add_gaussian(self, tensors: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
         """See :class:`NoiseSource`."""
-        return [self._add(tensor, standard_deviation) for tensor in tensors]
+        noised: list[Tensor] = []
+        jobs: list[tuple[Tensor, Tensor]] = []
+        for tensor in tensors:
+            if tensor.device.type == "cuda":
+                noised.append(_noised_on_cuda(tensor, standard_deviation))
+                continue
+            wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+            source = wide.detach().cpu().contiguous().reshape(-1)
+            target = torch.empty_like(source)
+            jobs += zip(source.split(_CHUNK), target.split(_CHUNK), strict=True)
+            noised.append(target.reshape(tensor.shape))
+        _add_on_cpu(jobs, standard_deviation)
+        return [result.to(tensor) for result, tensor in zip(noised, tensors, strict=True)]
 
-    def _add(self, tensor: Tensor, standard_deviation: float) -> Tensor:
-        if tensor.device.type == "cuda":
-            generator = torch.Generator(device=tensor.device)
-            generator.manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
-            noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float64)
-            return (tensor.double() + noise * standard_deviation).to(tensor.dtype)
-        flat = tensor.detach().to("cpu", torch.float64).reshape(-1)
-        noisy = torch.cat([part + system_normal(part.numel()) * standard_deviation for part in flat.split(_CHUNK)])
-        return noisy.reshape(tensor.shape).to(tensor.device, tensor.dtype)
+
+def _noised_on_cuda(tensor: Tensor, standard_deviation: float) -> Tensor:
+    generator = torch.Generator(device=tensor.device)
+    generator.manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
+    noise = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float64)
+    return (tensor.double() + noise * standard_deviation).to(tensor.dtype)
+
+
+def _add_on_cpu(jobs: Sequence[tuple[Tensor, Tensor]], standard_deviation: float) -> None:
+    """Write each first tensor plus noise into the second, on as many threads as torch uses."""
+
+    def work(share: Sequence[tuple[Tensor, Tensor]]) -> None:
+        generator, buffer = _fresh_generator(), np.empty(_CHUNK)
+        for source, target in share:
+            noise = buffer[: source.numel()]
+            generator.standard_normal(out=noise)
+            noise *= standard_deviation
+            noise += source.numpy()
+            # The one rounding, where the gradient is in float32.
+            target.numpy()[:] = noise
+
+    threads = min(torch.get_num_threads(), len(jobs))
+    if threads <= 1:
+        return work(jobs)
+    # numpy lets go of the interpreter while it draws.
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, [jobs[number::threads] for number in range(threads)]))
+    return None
+
+
+def _fresh_generator() -> np.random.Generator:
+    return np.random.Generator(AESCounter(key=int.from_bytes(os.urandom(16), "little")))
 
 
 class InsecureNoise:
@@ -85,21 +123,3 @@ class InsecureNoise:
             (t.cpu().double() + torch.randn(t.shape, generator=self._generator).double() * standard_deviation).to(t)
             for t in tensors
         ]
-
-
-def system_normal(count: int) -> Tensor:
-    """(``count``,) float64 standard normal numbers from the operating system's cryptographic generator, on the CPU."""
-    pairs = -(-count // 2)
-    uniform = system_uniform(2 * pairs)
-    radius = uniform[:pairs].log_().mul_(-2).sqrt_()
-    angle = uniform[pairs:].mul_(2 * math.pi)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
-
-
-def system_uniform(count: int) -> Tensor:
-    """(``count``,) float64 numbers uniform on the open interval (0, 1), 52 random bits each, on the CPU."""
-    if not count:
-        return torch.empty(0, dtype=torch.float64)
-    bits = torch.frombuffer(bytearray(os.urandom(8 * count)), dtype=torch.int64)
-    # The mask makes the shift a logical one; the half keeps both ends out, so that the logarithm is finite.
-    return bits.bitwise_right_shift(12).bitwise_and_((1 << 52) - 1).double().add_(0.5).mul_(2.0**-52)

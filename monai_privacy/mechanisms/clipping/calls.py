@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
-from monai_privacy.mechanisms.clipping.convolution import Convolution
-from monai_privacy.mechanisms.clipping.linear import Embedding, Linear
-from monai_privacy.mechanisms.clipping.normalization import ChannelAffine, GroupNorm, LayerNorm, PReLU
-from monai_privacy.mechanisms.clipping.operation import Operation
+from monai_privacy.mechanisms.clipping.convolution import ConvolutionRule
+from monai_privacy.mechanisms.clipping.linear import EmbeddingRule, LinearRule
+from monai_privacy.mechanisms.clipping.normalization import ChannelAffineRule, GroupNormRule, LayerNormRule, PReLURule
+from monai_privacy.mechanisms.clipping.operation import OperationRule
 
 Number = int | Sequence[int] | str
 
@@ -34,7 +34,7 @@ Number = int | Sequence[int] | str
 class Call:
     """One call of an operation that may have trained parameters."""
 
-    operation: Operation
+    operation: OperationRule
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None = None
@@ -78,7 +78,7 @@ def _convolution(dims: int) -> Callable[..., Call | None]:
             if any(n % 2 for n in total):
                 return None
             padding = [n // 2 for n in total]
-        operation = Convolution(_sizes(stride, dims), _sizes(padding, dims), steps, groups)
+        operation = ConvolutionRule(_sizes(stride, dims), _sizes(padding, dims), steps, groups)
         return Call(operation, input, weight, bias)
 
     return read
@@ -97,7 +97,7 @@ def _transposed(dims: int) -> Callable[..., Call | None]:
     ) -> Call | None:
         if input.dim() != dims + 2:
             return None
-        operation = Convolution(
+        operation = ConvolutionRule(
             _sizes(stride, dims),
             _sizes(padding, dims),
             _sizes(dilation, dims),
@@ -116,7 +116,7 @@ def _sizes(value: Any, dims: int) -> tuple[int, ...]:
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
-    return Call(Linear(), input, weight, bias) if input.dim() >= 2 and weight.dim() == 2 else None
+    return Call(LinearRule(), input, weight, bias) if input.dim() >= 2 and weight.dim() == 2 else None
 
 
 def _group_norm(
@@ -127,7 +127,7 @@ def _group_norm(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Call | None:
-    return Call(GroupNorm(num_groups, eps), input, weight, bias)
+    return Call(GroupNormRule(num_groups, eps), input, weight, bias)
 
 
 def _instance_norm(
@@ -143,7 +143,7 @@ def _instance_norm(
 ) -> Call | None:
     if running_mean is not None or running_var is not None or not use_input_stats or input.dim() < 3:
         return None
-    return Call(GroupNorm(input.shape[1], eps, name="instance_norm"), input, weight, bias)
+    return Call(GroupNormRule(input.shape[1], eps, name="instance_norm"), input, weight, bias)
 
 
 def _layer_norm(
@@ -156,7 +156,7 @@ def _layer_norm(
 ) -> Call | None:
     if input.dim() <= len(normalized_shape):
         return None
-    return Call(LayerNorm(tuple(normalized_shape), eps), input, weight, bias)
+    return Call(LayerNormRule(tuple(normalized_shape), eps), input, weight, bias)
 
 
 def _embedding(
@@ -170,15 +170,15 @@ def _embedding(
 ) -> Call | None:
     if max_norm is not None or scale_grad_by_freq or sparse or input.dim() < 1:
         return None
-    return Call(Embedding(padding_idx), input, weight)
+    return Call(EmbeddingRule(padding_idx), input, weight)
 
 
 def _channel_affine(x: Tensor, weight: Tensor, bias: Tensor) -> Call | None:
-    return Call(ChannelAffine(), x, weight, bias)
+    return Call(ChannelAffineRule(), x, weight, bias)
 
 
 def _prelu(input: Tensor, weight: Tensor) -> Call | None:
-    return Call(PReLU(), input, weight) if input.dim() >= 2 or weight.numel() == 1 else None
+    return Call(PReLURule(), input, weight) if input.dim() >= 2 or weight.numel() == 1 else None
 
 
 _READERS: dict[Any, Callable[..., Call | None]] = {

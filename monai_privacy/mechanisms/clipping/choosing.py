@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from monai_privacy.mechanisms.clipping.materials import Material
-from monai_privacy.mechanisms.clipping.operation import Method
+from monai_privacy.mechanisms.clipping.operation import NormMethod
 from monai_privacy.mechanisms.clipping.units import Units
 
 # Beside what plain training needs at its peak; the rest is what the backward pass has freed so far.
@@ -55,7 +55,7 @@ class MemoryBudget:
     def __init__(self, input_bytes: int) -> None:
         self._left = max(_LEAST_ALLOWANCE, int(_ALLOWANCE * input_bytes))
 
-    def admits(self, method: Method) -> bool:
+    def admits(self, method: NormMethod) -> bool:
         """Whether the method fits now."""
         return method.held + method.temporary <= self._left
 
@@ -83,7 +83,7 @@ class MethodChooser:
         self,
         number: int,
         signature: tuple[object, ...],
-        methods: Sequence[Method],
+        methods: Sequence[NormMethod],
         units: Units,
         budget: MemoryBudget,
         device: torch.device,
@@ -112,7 +112,7 @@ class MethodChooser:
         return material
 
 
-def _fastest(methods: Sequence[Method], units: Units, device: torch.device) -> tuple[Material, Choice]:
+def _fastest(methods: Sequence[NormMethod], units: Units, device: torch.device) -> tuple[Material, Choice]:
     if len(methods) == 1 or torch.are_deterministic_algorithms_enabled():
         # By estimate: times would not repeat, and the methods' roundings differ.
         method = min(methods, key=lambda m: m.arithmetic)

@@ -24,14 +24,16 @@ from monai_privacy.mechanisms.clipping.chunk import Chunk, chunks
 from monai_privacy.mechanisms.clipping.interception import Key
 from monai_privacy.mechanisms.clipping.microbatch import microbatch_sum
 from monai_privacy.mechanisms.clipping.one_pass import NotSeenError, one_pass_sum
+from monai_privacy.mechanisms.clipping.opacus_hooks import opacus_sum
 from monai_privacy.mechanisms.clipping.ownership import find_fault
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 from monai_privacy.mechanisms.losses import RowLoss
+from monai_privacy.mechanisms.probe import require_independent_rows
 
-ClippingMethod = Literal["auto", "one_pass", "microbatch"]
+ClippingMethod = Literal["auto", "one_pass", "microbatch", "opacus"]
 Forward = Callable[[Tensor, Tensor], Any]
 Observe = Callable[[Any, Tensor], None]
-_METHODS = ("auto", "one_pass", "microbatch")
+_METHODS = ("auto", "one_pass", "microbatch", "opacus")
 
 
 class GradientClipper:
@@ -47,7 +49,8 @@ class GradientClipper:
             ``networks.check_network``).
         loss_function: ``loss_function(outputs, targets)``; made a loss for each row by :class:`RowLoss`.
         parameters: what to differentiate; the network's trainable parameters where None.
-        method: "auto"; "microbatch" for one patient at a time; "one_pass" to raise where that would be needed.
+        method: "auto"; "microbatch" for one patient at a time; "one_pass" to raise where that would be needed; "opacus"
+            for Opacus's per-sample gradients, where they exist and add up.
     """
 
     def __init__(
@@ -102,10 +105,22 @@ class GradientClipper:
         max_rows: int | None,
         observe: Observe | None,
     ) -> ClippedGradientSum:
+        names = self._names(parameters)
+        if self._method == "opacus":
+            self._require_independent_rows(forward, chunk)
+            return opacus_sum(
+                self._network,
+                forward,
+                self._row_loss,
+                chunk,
+                parameters,
+                names,
+                max_grad_norm,
+                observe=observe,
+            )
         case = (self._network.training, chunk.inputs.shape[1:], chunk.inputs.dtype)
         if self._method == "auto" and case not in self._faults and (reason := _is_opaque(self._network)):
             self._faults[case] = reason
-        names = self._names(parameters)
         too_many = max_rows is not None and len(chunk.rows) > max_rows
         if self._method != "microbatch" and case not in self._faults and not too_many:
             try:
@@ -140,15 +155,25 @@ class GradientClipper:
         names: Sequence[str],
     ) -> None:
         if key not in self._probed:
-
-            def row_losses(inputs: Tensor, targets: Tensor) -> Tensor:
-                return self._row_loss(forward(inputs, chunk.rows[:1].expand(len(inputs))), targets)
-
+            row_losses = self._row_losses(forward, chunk)
             found, fault = find_fault(parameters, names, row_losses, chunk.inputs, chunk.targets)
             self._probed[found] = fault
         fault = self._probed.get(key, "what the network calls depends on what it sees")
         if fault:
             raise NotSeenError(fault)
+
+    def _require_independent_rows(self, forward: Forward, chunk: Chunk) -> None:
+        if None not in self._probed:
+            require_independent_rows(self._row_losses(forward, chunk), chunk.inputs, chunk.targets)
+            self._probed[None] = ""
+
+    def _row_losses(self, forward: Forward, chunk: Chunk) -> Callable[[Tensor, Tensor], Tensor]:
+        """Losses of synthetic rows, with whatever else the first row of the chunk is given."""
+
+        def row_losses(inputs: Tensor, targets: Tensor) -> Tensor:
+            return self._row_loss(forward(inputs, chunk.rows[:1].expand(len(inputs))), targets)
+
+        return row_losses
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for p in self._network.parameters() if p.requires_grad] if self._given is None else self._given

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients, squared_norms
-from monai_privacy.mechanisms.clipping.operation import Choose, Found, Method, Operation, Wanted, by_unit, wide
+from monai_privacy.mechanisms.clipping.operation import Choose, Found, NormMethod, OperationRule, Wanted, by_unit, wide
 from monai_privacy.mechanisms.clipping.precision import full_precision
 from monai_privacy.mechanisms.clipping.units import Units
 
@@ -34,7 +34,7 @@ _GRAM_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class Convolution(Operation):
+class ConvolutionRule(OperationRule):
     """``torch.conv1d`` to ``conv3d`` and their transposes, whatever stride, padding, dilation and groups.
 
     Shape: x (R, C_in, *spatial), weight (C_out, C_in / groups, *kernel), or (C_in, C_out / groups, *kernel) if
@@ -93,7 +93,7 @@ class Convolution(Operation):
         output_padding = self.output_padding or (0,) * len(self.stride)
         return self.stride, self.padding, self.dilation, self.transposed, output_padding, self.groups
 
-    def _methods(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> list[Method]:
+    def _methods(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> list[NormMethod]:
         size, rows = weight.numel() * max(4, weight.element_size()), units.rows
         positions = math.prod((x if self.transposed else gradient).shape[2:])
         one = 2.0 * weight.numel() * positions * rows  # an ordinary weight gradient
@@ -101,13 +101,13 @@ class Convolution(Operation):
         kept = units.number * size
         several = rows * size if rows > units.number else 0
         methods = [
-            Method("loop", lambda: self._loop(x, gradient, weight, units), kept, size, one),
-            Method("loop, norms", lambda: self._loop_norms(x, gradient, weight, units), held, 2 * size, 2 * one),
+            NormMethod("loop", lambda: self._loop(x, gradient, weight, units), kept, size, one),
+            NormMethod("loop, norms", lambda: self._loop_norms(x, gradient, weight, units), held, 2 * size, 2 * one),
         ]
         if rows > 1:
-            methods.append(Method("grouped", lambda: self._grouped(x, gradient, weight, units), kept, several, one))
+            methods.append(NormMethod("grouped", lambda: self._grouped(x, gradient, weight, units), kept, several, one))
         if not self.transposed and self.groups == 1 and set(weight.shape[2:]) == {1} and not any(self.padding):
-            methods.append(Method("product", lambda: self._product(x, gradient, weight, units), kept, several, one))
+            methods.append(NormMethod("product", lambda: self._product(x, gradient, weight, units), kept, several, one))
         image, output = (gradient, x) if self.transposed else (x, gradient)
         pixels = math.prod(n + 2 * p for n, p in zip(image.shape[2:], self.padding, strict=True))
         per_unit = rows / units.number
@@ -118,7 +118,7 @@ class Convolution(Operation):
         if gram < 2 * one:
             temporary = max(_GRAM_BYTES, self._gram_bytes(image, output, max(units.counts)))
             methods.append(
-                Method("gram", lambda: self._gram(x, gradient, weight, units), held, temporary, 2 * gram + one)
+                NormMethod("gram", lambda: self._gram(x, gradient, weight, units), held, temporary, 2 * gram + one)
             )
         return methods
 
@@ -126,7 +126,9 @@ class Convolution(Operation):
         """What the Gram matrices of a unit of so many rows take, about."""
         pixels = rows * math.prod(n + 2 * p for n, p in zip(image.shape[2:], self.padding, strict=True))
         positions = rows * math.prod(output.shape[2:])
-        return 8 * (self.groups * (pixels**2 + 2 * positions**2) + pixels * image.shape[1] + positions * output.shape[1])
+        return 8 * (
+            self.groups * (pixels**2 + 2 * positions**2) + pixels * image.shape[1] + positions * output.shape[1]
+        )
 
     def _weight_gradient(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
         return _backward(gradient, x, weight, None, *self._arguments, (False, True, False))[1]

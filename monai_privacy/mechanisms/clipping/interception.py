@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from monai_privacy.mechanisms.clipping.calls import Call, read_call
-from monai_privacy.mechanisms.clipping.operation import Operation
+from monai_privacy.mechanisms.clipping.operation import OperationRule
 
 Key = tuple[str, tuple[int, ...], int]
 
@@ -40,7 +40,7 @@ class Use:
     """
 
     number: int
-    operation: Operation
+    operation: OperationRule
     weight: int | None
     bias: int | None
     rows: int

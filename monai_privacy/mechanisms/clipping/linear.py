@@ -22,13 +22,13 @@ from torch.nn import functional
 
 from monai_privacy.mechanisms.clipping.convolution import zeroed
 from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients
-from monai_privacy.mechanisms.clipping.operation import Choose, Found, Method, Operation, Wanted, by_unit, wide
+from monai_privacy.mechanisms.clipping.operation import Choose, Found, NormMethod, OperationRule, Wanted, by_unit, wide
 from monai_privacy.mechanisms.clipping.precision import full_precision
 from monai_privacy.mechanisms.clipping.units import Units
 
 
 @dataclass(frozen=True)
-class Linear(Operation):
+class LinearRule(OperationRule):
     """``torch.nn.functional.linear``: x (R, ..., C_in), weight (C_out, C_in)."""
 
     name = "linear"
@@ -68,7 +68,7 @@ class Linear(Operation):
             found_weight = choose(signature, methods)
         return Found(grad_x, found_weight, found_bias)
 
-    def _methods(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> list[Method]:
+    def _methods(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> list[NormMethod]:
         rows, positions, channels = x.shape
         size = weight.numel() * max(4, weight.element_size())
         one = 2.0 * rows * positions * weight.numel()
@@ -76,8 +76,8 @@ class Linear(Operation):
         gram = 2.0 * products * (channels + gradient.shape[2])
         temporary = rows * size if rows > units.number else 0
         return [
-            Method("product", lambda: _product(x, gradient, units), units.number * size, temporary, one),
-            Method(
+            NormMethod("product", lambda: _product(x, gradient, units), units.number * size, temporary, one),
+            NormMethod(
                 "gram",
                 lambda: _gram(x, gradient, weight, units),
                 x.nbytes + gradient.nbytes,
@@ -114,7 +114,7 @@ def _positions(values: Tensor, units: Units) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Embedding(Operation):
+class EmbeddingRule(OperationRule):
     """``torch.nn.functional.embedding``: x (R, ...) integers, weight (V, C)."""
 
     padding_idx: int | None = None
@@ -146,8 +146,8 @@ class Embedding(Operation):
             gradient = gradient * (words != self.padding_idx % len(weight)).unsqueeze(-1)
         kept = units.number * weight.numel() * 4
         methods = [
-            Method("scatter", lambda: _scatter(words, gradient, weight, units), kept, 0, gradient.numel()),
-            Method(
+            NormMethod("scatter", lambda: _scatter(words, gradient, weight, units), kept, 0, gradient.numel()),
+            NormMethod(
                 "equal words",
                 lambda: _equal_words(words, gradient, weight, units),
                 gradient.nbytes,

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from monai_privacy.mechanisms.clipping.operation import Choose, Found, Operation, Wanted, by_unit, wide
+from monai_privacy.mechanisms.clipping.operation import Choose, Found, OperationRule, Wanted, by_unit, wide
 from monai_privacy.mechanisms.clipping.units import Units
 
 
 @dataclass(frozen=True)
-class GroupNorm(Operation):
+class GroupNormRule(OperationRule):
     """``torch.group_norm``: x (R, C, *spatial), weight and bias (C,); instance norm is that of C groups."""
 
     groups: int
@@ -75,7 +75,7 @@ class GroupNorm(Operation):
 
 
 @dataclass(frozen=True)
-class LayerNorm(Operation):
+class LayerNormRule(OperationRule):
     """``torch.nn.functional.layer_norm``: x (R, ..., *shape), weight and bias of that shape."""
 
     shape: tuple[int, ...]
@@ -121,7 +121,7 @@ def _over_positions(values: Tensor, rows: int, parameter: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ChannelAffine(Operation):
+class ChannelAffineRule(OperationRule):
     """``channel_affine``: x (R, C, *spatial) times weight plus bias, (C,) each."""
 
     name = "channel_affine"
@@ -164,7 +164,7 @@ def _over_space(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PReLU(Operation):
+class PReLURule(OperationRule):
     """``torch.prelu``: x (R, C, *spatial) or (R,), weight (C,) or (1,)."""
 
     name = "prelu"

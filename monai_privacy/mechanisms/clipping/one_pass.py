@@ -23,7 +23,7 @@ from monai_privacy.mechanisms.clipping.choosing import MemoryBudget, MethodChoos
 from monai_privacy.mechanisms.clipping.chunk import Chunk
 from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Pass, Use
 from monai_privacy.mechanisms.clipping.materials import Material, added, clip_factors
-from monai_privacy.mechanisms.clipping.operation import Method, Wanted
+from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 from monai_privacy.mechanisms.clipping.units import Units
 from monai_privacy.mechanisms.losses import RowLoss
@@ -78,18 +78,19 @@ def one_pass_sum(
         raise NotSeenError(f"{names[unheard[0]]} is used by an operation without a rule")
     if observe is not None:
         observe(outputs, chunk.rows)
-    return _summed(listener.materials, parameters, units, max_grad_norm, loss.device)
+    return summed(listener.materials, parameters, units, max_grad_norm, loss.device)
 
 
 @torch.no_grad()
-def _summed(
-    heard: dict[int, list[Material]],
+def summed(
+    found: dict[int, list[Material]],
     parameters: Sequence[nn.Parameter],
     units: Units,
     max_grad_norm: float,
     device: torch.device,
 ) -> ClippedGradientSum:
-    materials = {at: added(heard.pop(at)) for at in list(heard)}
+    """Clip and sum from the materials of each parameter, which are used up."""
+    materials = {at: added(found.pop(at)) for at in list(found)}
     if not materials:
         return ClippedGradientSum.nothing(parameters, units.number, device)
     norms, factors, finite = clip_factors(materials.values(), max_grad_norm)
@@ -138,7 +139,7 @@ class _Collector(Listener):
         )
         units = self._units.times(use.rows // self._units.rows)
 
-        def choose(signature: tuple[object, ...], methods: Sequence[Method]) -> Material:
+        def choose(signature: tuple[object, ...], methods: Sequence[NormMethod]) -> Material:
             return self._chooser.collect(use.number, signature, methods, units, self._budget, x.device)
 
         found = use.operation.backward(x, weight, bias, extra, gradient, units, wanted, choose)

@@ -25,7 +25,7 @@ from monai_privacy.mechanisms.clipping.units import Units
 
 
 @dataclass(frozen=True)
-class Method:
+class NormMethod:
     """One exact way to the norms of a weight's gradients by unit.
 
     Args:
@@ -46,7 +46,7 @@ class Method:
 class Choose(Protocol):
     """Choose one of several methods and return what it collects."""
 
-    def __call__(self, signature: tuple[object, ...], methods: Sequence[Method]) -> Material:
+    def __call__(self, signature: tuple[object, ...], methods: Sequence[NormMethod]) -> Material:
         """Collect by the best of ``methods``; ``signature`` names the case, so that it is found once."""
         ...
 
@@ -77,7 +77,7 @@ class Found:
     bias: Material | None = None
 
 
-class Operation(ABC):
+class OperationRule(ABC):
     """An operation ``y = f(x, weight, bias)`` in which row i of y depends on row i of x alone.
 
     Rows are the first dimension of x. All methods work on plain tensors and are not differentiated themselves.

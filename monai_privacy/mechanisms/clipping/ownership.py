@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from monai_privacy.mechanisms.clipping.calls import Call
 from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Use
 from monai_privacy.mechanisms.clipping.materials import Material
-from monai_privacy.mechanisms.clipping.operation import Method, Wanted
+from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.units import Units
 from monai_privacy.mechanisms.probe import synthetic_rows, synthetic_targets
 
@@ -117,5 +117,5 @@ def find_fault(
     return key, ""
 
 
-def _never(signature: tuple[object, ...], methods: Sequence[Method]) -> Material:
+def _never(signature: tuple[object, ...], methods: Sequence[NormMethod]) -> Material:
     raise AssertionError("no material was wanted")
