@@ -13,7 +13,7 @@ TESTS ?= tests
 .PHONY: demo test check install clean
 
 demo: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m monai_privacy demo --epsilon $(EPSILON) --output $(OUTPUT) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m monai_privacy demo --epsilon $(EPSILON) --output $(OUTPUT) $(if $(DATA),--data "$(DATA)")
 
 test: install
 	$(BIN)/python -m pytest -n 2 $(TESTS)

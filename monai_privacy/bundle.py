@@ -30,7 +30,7 @@ class Scores:
     Args:
         labels: 0 or 1 for each image.
         values: probability of label 1 for each image.
-        metrics: the evaluator's own metrics.
+        metrics: the evaluator's own metrics, as plain floats.
     """
 
     labels: tuple[int, ...]
@@ -83,7 +83,9 @@ def score_bundle(configs: Sequence[Path], overrides: Mapping[str, Any], *, loggi
     evaluator.add_event_handler(Events.ITERATION_COMPLETED, collect)
     workflow.run()
     workflow.finalize()
-    return Scores(tuple(labels), tuple(values), dict(evaluator.state.metrics))
+    # MONAI's are numpy or torch numbers in some cases (AUC where scores are tied), which JSON does not know.
+    metrics = {name: float(value) for name, value in evaluator.state.metrics.items()}
+    return Scores(tuple(labels), tuple(values), metrics)
 
 
 def _workflow(

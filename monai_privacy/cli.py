@@ -24,9 +24,10 @@ import typer
 from rich.console import Console
 
 from monai_privacy import __version__
+from monai_privacy.accounting import PrivacyBudget
 from monai_privacy.errors import user_message
 from monai_privacy.plan import DPSGDPlan
-from monai_privacy.report import PrivacyReport
+from monai_privacy.report import PrivacyReport, rounded_up
 
 # Exit codes that a script can tell apart: 1 is a fault of the program, 2 is bad input (typer's own choice as well).
 _BAD_INPUT = 2
@@ -76,7 +77,7 @@ def calibrate(
         return
     print(
         f"noise_multiplier {plan.noise_multiplier:g} for {plan.steps} steps of {plan.expected_batch_size} of "
-        f"{plan.num_patients} patients: ε = {plan.epsilon():.4f} at δ = {plan.delta:g}"
+        f"{plan.num_patients} patients: ε = {rounded_up(plan.epsilon(), 4)} at δ = {plan.delta:g}"
     )
 
 
@@ -99,6 +100,7 @@ def prepare(
     validation_fraction: Annotated[float, typer.Option(help="Share of the patients for validation.")] = 0.1,
 ) -> None:
     """Read chest X-rays and write the datalist of a bundle, split by patient."""
+    _require_exists(data)
     from monai_privacy.data import read_chest_xrays, write_datalist
 
     source = read_chest_xrays(data)
@@ -133,6 +135,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the split by patient and of the initial weights.")] = 0,
 ) -> None:
     """Train the chest X-ray bundle with and without privacy, and compare."""
+    PrivacyBudget(epsilon, delta)
+    if data is not None:
+        _require_exists(data)
     from monai_privacy.demo import run_demo
 
     run_demo(
@@ -146,6 +151,12 @@ def demo(
         seed=seed,
         console=Console(),
     )
+
+
+def _require_exists(data: Path) -> None:
+    # The readers would say so too, but only after torch and MONAI took seconds to import.
+    if not data.expanduser().exists():
+        raise FileNotFoundError(f"{data} does not exist. Check the path, and download or mount the data first.")
 
 
 def main() -> None:

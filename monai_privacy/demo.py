@@ -16,11 +16,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -29,13 +31,17 @@ from rich.console import Console
 from rich.table import Table
 
 from monai_privacy.accounting import PrivacyBudget, PrivacyLedger
+from monai_privacy.accounting.values import checked_count
 from monai_privacy.bundle import Scores, score_bundle, train_bundle
 from monai_privacy.data import ChestXRaySource, read_chest_xrays, write_datalist, write_synthetic_chest_xrays
 from monai_privacy.figures import save_training_figure
 from monai_privacy.handlers import PrivacyProgressHandler
+from monai_privacy.plan import DPSGDPlan
+from monai_privacy.report import rounded_up
 
 _SYNTHETIC_PATIENTS = 600
 _METRIC = "epsilon"
+_PRIVATE, _PLAIN = "with privacy", "without privacy"
 
 
 def run_demo(
@@ -55,7 +61,7 @@ def run_demo(
     Args:
         data: where chest X-rays lie, see ``read_chest_xrays``; synthetic ones are written where None.
         epsilon: ε to stay below.
-        delta: δ of the guarantee.
+        delta: δ of the guarantee, below 1 / number of training patients.
         output: a folder for this run is made in it.
         epochs: in place of the bundle's own number.
         expected_batch_size: in place of the overlay's share of the patients.
@@ -67,49 +73,74 @@ def run_demo(
         The folder of this run.
 
     Raises:
-        ValueError: for bad data or numbers, before training.
+        ValueError: for bad data or numbers, before training; no folder is left then.
     """
-    budget = PrivacyBudget(epsilon, delta)  # refuses bad numbers before any work
-    bundle = _bundle_folder()
-    folder = _new_folder(output)
-    source = _read(data, folder, seed, console)
-    write_datalist(source, folder, seed=seed)
-    common: dict[str, Any] = {"bundle_root": str(bundle), "dataset_dir": str(folder), "seed": seed}
-    common |= {} if epochs is None else {"epochs": epochs}
-    private: dict[str, Any] = {"epsilon": budget.epsilon, "delta": budget.delta, "unit": source.unit}
+    budget = PrivacyBudget(epsilon, delta)  # bad numbers are refused before any work
+    changes: dict[str, Any] = {"seed": seed} | ({} if epochs is None else {"epochs": checked_count("epochs", epochs)})
+    private: dict[str, Any] = {"epsilon": budget.epsilon, "delta": budget.delta}
     private |= {} if expected_batch_size is None else {"expected_batch_size": expected_batch_size}
-    ledger_file = ledger or folder / "ledger.jsonl"
-    private["ledger_file"] = str(ledger_file)
-    kind = "synthetic images" if source.synthetic else "images"
-    spent = _EpsilonByEpoch()
-    train, overlay = bundle / "configs" / "train.yaml", bundle.parent / "overlays" / "dp_sgd.yaml"
-    evaluate = [train, bundle / "configs" / "evaluate.yaml"]
-    with _quiet_logs():
+    _bundle_folder()
+    given = None if data is None else _read(data, console)
+    with _quiet_logs(), _one_thread(), _RunFolder(output) as run:
+        source = given or _read(_write_synthetic(run.path, seed, console), console)
+        _check_numbers(write_datalist(source, run.path, seed=seed), source.unit, delta, expected_batch_size)
+        changes["dataset_dir"] = str(run.path)
+        ledger_file = ledger or run.path / "ledger.jsonl"
+        private |= {"unit": source.unit, "ledger_file": str(ledger_file)}
         console.print(
-            f"Training on {kind}, first without privacy, then with (ε {epsilon:g}, δ {delta:g}) ...", soft_wrap=True
+            f"Training on {_kind(source)}, first with privacy (ε {epsilon:g}, δ {delta:g}), then without. Finding the "
+            "noise takes some seconds ...",
+            soft_wrap=True,
         )
-        plain_dir, private_dir = folder / "without_privacy", folder / "with_privacy"
-        bar = PrivacyProgressHandler("without privacy", console)
-        train_bundle([train], common | {"output_dir": str(plain_dir)}, handlers=[bar])
-        plain = score_bundle(evaluate, common | {"output_dir": str(plain_dir)})
-        with console.status("finding the noise for this ε ..."):
-            bar = PrivacyProgressHandler("with privacy", console)
-        train_bundle([train, overlay], common | private | {"output_dir": str(private_dir)}, handlers=[bar, spent])
-        protected = score_bundle(evaluate, common | {"output_dir": str(private_dir)})
+        spent = _EpsilonByEpoch()
+        # The private one first: it refuses what it cannot do, such as a spent ledger, before time went into the other.
+        protected = _train(run.path, _PRIVATE, changes | private, console, handlers=[run, spent])
+        plain = _train(run.path, _PLAIN, changes, console)
     result = _summary(source, plain, protected, PrivacyLedger(ledger_file), delta)
     figure = save_training_figure(
-        folder / "demo.png",
+        run.path / "demo.png",
         scores={
-            "without privacy": (plain.labels, plain.values),
-            f"ε = {result['epsilon']:.2f}": (protected.labels, protected.values),
+            _PLAIN: (plain.labels, plain.values),
+            f"ε = {rounded_up(result['epsilon'], 2)}": (protected.labels, protected.values),
         },
         epsilon_by_epoch=spent.values,
         delta=delta,
-        title=f"Chest X-ray classification, {kind}; unit of privacy: one {source.unit}",
+        title=f"Chest X-ray classification, {_kind(source)}; unit of privacy: one {source.unit}",
     )
-    (folder / "summary.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-    _show(result, source, folder, figure, ledger_file, console)
-    return folder
+    (run.path / "summary.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+    _show(result, source, run.path, figure, ledger_file, console)
+    return run.path
+
+
+class _RunFolder:
+    """A new folder for one run; what fails before the training of an engine it is attached to leaves nothing of it."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._kept = False
+
+    def __enter__(self) -> _RunFolder:
+        parents = (self._output, *self._output.parents)
+        self._made = [folder for folder in parents if not folder.exists()]
+        self.path = _new_folder(self._output)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or self._kept:
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # somebody else has put something there
+            for folder in self._made:
+                folder.rmdir()
+
+    def attach(self, engine: Engine) -> None:
+        # After the trainer's own handler, which refuses: from here on the ledger in this folder counts releases.
+        engine.add_event_handler(Events.EPOCH_STARTED, self._keep)
+
+    def _keep(self, engine: Engine) -> None:
+        self._kept = True
 
 
 class _EpsilonByEpoch:
@@ -144,12 +175,12 @@ def _new_folder(output: Path) -> Path:
     raise ValueError(f"{output} has too many runs of this second: name another folder with --output.")
 
 
-def _read(data: Path | None, folder: Path, seed: int, console: Console) -> ChestXRaySource:
-    if data is None:
-        console.print(
-            f"No DATA given: writing SYNTHETIC chest X-rays of {_SYNTHETIC_PATIENTS} invented patients (DICOM)."
-        )
-        data = write_synthetic_chest_xrays(folder / "synthetic", num_patients=_SYNTHETIC_PATIENTS, seed=seed)
+def _write_synthetic(folder: Path, seed: int, console: Console) -> Path:
+    console.print(f"No DATA given: writing SYNTHETIC chest X-rays of {_SYNTHETIC_PATIENTS} invented patients (DICOM).")
+    return write_synthetic_chest_xrays(folder / "synthetic", num_patients=_SYNTHETIC_PATIENTS, seed=seed)
+
+
+def _read(data: Path, console: Console) -> ChestXRaySource:
     source = read_chest_xrays(data)
     if source.unit == "image":
         console.print(
@@ -157,6 +188,35 @@ def _read(data: Path | None, folder: Path, seed: int, console: Console) -> Chest
             "images is protected less; the report says how much less."
         )
     return source
+
+
+def _kind(source: ChestXRaySource) -> str:
+    return "SYNTHETIC images" if source.synthetic else "images"
+
+
+def _check_numbers(datalist: Path, unit: str, delta: float, expected_batch_size: int | None) -> None:
+    """Refuse, before a ledger is opened, what the plan of the training would refuse, and a δ that protects nobody."""
+    num_patients = json.loads(datalist.read_text(encoding="utf-8"))["num_patients"]["training"]
+    if delta >= 1 / num_patients:
+        raise ValueError(
+            f"delta is {delta:g}, at or above 1 / {num_patients} {unit}s in training: publishing one {unit} whole could "
+            f"meet it, so nobody would be protected. Take --delta well below {1 / num_patients:.1g}."
+        )
+    size = 1 if expected_batch_size is None else expected_batch_size
+    DPSGDPlan(num_patients=num_patients, expected_batch_size=size, steps=1, delta=delta, unit=unit)
+
+
+def _train(
+    folder: Path, name: str, changes: Mapping[str, Any], console: Console, *, handlers: Sequence[Any] = ()
+) -> Scores:
+    """Train the bundle into a folder of that name, privately under the name for it, and measure the test patients."""
+    bundle = _bundle_folder()
+    train, evaluate = bundle / "configs" / "train.yaml", bundle / "configs" / "evaluate.yaml"
+    overlays = [bundle.parent / "overlays" / "dp_sgd.yaml"] if name == _PRIVATE else []
+    places = {"bundle_root": str(bundle), "output_dir": str(folder / name.replace(" ", "_"))}
+    bar = PrivacyProgressHandler(name, console)
+    train_bundle([train, *overlays], {**changes, **places}, handlers=[bar, *handlers])
+    return score_bundle([train, evaluate], {**changes, **places})
 
 
 @contextmanager
@@ -172,7 +232,8 @@ def _quiet_logs() -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # A patient's few small images are too little work to share: threads would spend their time waiting for each other.
+    # A small network on small images is too little work to share: threads wait for each other, and far longer where
+    # other programs run (measured on two cores: 15 s in one thread, 29 s in two).
     previous = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -200,21 +261,22 @@ def _summary(
 def _show(
     result: dict[str, Any], source: ChestXRaySource, folder: Path, figure: Path, ledger: Path, console: Console
 ) -> None:
-    kind = "SYNTHETIC images" if source.synthetic else "images"
-    title = f"Chest X-rays, normal or pneumonia: {result['test_images']} {kind} of held-out {source.unit}s"
-    table = Table(title=title, title_justify="left")
+    # Not the table's own title: it is broken at the table's width.
+    tested = f"{result['test_images']} {_kind(source)} of held-out {source.unit}s"
+    console.print(f"Chest X-rays, normal or pneumonia: {tested}", soft_wrap=True)
+    table = Table()
     for heading in ("", "AUC", "ε", "δ", "unit of privacy"):
         table.add_column(heading)
-    table.add_row("without privacy", f"{result['auc_without_privacy']:.3f}", "none", "", "")
+    table.add_row(_PLAIN, f"{result['auc_without_privacy']:.3f}", "none", "", "")
     table.add_row(
-        "with privacy",
+        _PRIVATE,
         f"{result['auc_with_privacy']:.3f}",
-        f"{result['epsilon']:.2f}",
+        rounded_up(result["epsilon"], 2),
         f"{result['delta']:g}",
         f"one {result['unit']}",
     )
     console.print(table)
-    private = folder / "with_privacy"
+    private = folder / _PRIVATE.replace(" ", "_")
     places = {
         "report": private / "privacy_report.md",
         "model": private / "model.pt",

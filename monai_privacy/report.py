@@ -80,9 +80,10 @@ class PrivacyReport:
         bounds: both valid bounds; None where nothing holds.
         budget: what the cohort may spend, where a budget was set.
         group_epsilon: for image-level runs, ε for a patient with that many images; None where nothing holds.
-        entries: the runs.
+        entries: the runs that released something.
         ledger_lines: how many lines the ledger had.
         ledger_hash: SHA-256 of the last of them.
+        begun: names of the runs that began and have no step recorded: they released nothing.
         versions: of the packages that made this report.
     """
 
@@ -100,6 +101,7 @@ class PrivacyReport:
     relation: str = "add or remove one unit"
     ledger_lines: int = 0
     ledger_hash: str = ""
+    begun: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
 
     @classmethod
@@ -114,12 +116,29 @@ class PrivacyReport:
             if not Path(ledger).is_file():
                 raise FileNotFoundError(f"{ledger} is no ledger file: name the ledger that the training wrote.")
             ledger = PrivacyLedger(ledger)
-        entries = tuple(entry for entry in ledger.entries if entry.steps)
+        known = ledger.entries
+        entries = tuple(entry for entry in known if entry.steps)
         lines, last_hash = ledger.head
         budget = ledger.budget
-        name = Path(ledger.path).name
+        state: dict[str, Any] = {
+            "ledger": Path(ledger.path).name,
+            "budget": asdict(budget) if budget else None,
+            "ledger_lines": lines,
+            "ledger_hash": last_hash,
+            "begun": tuple(entry.entry_id for entry in known if not entry.steps),
+        }
         if not entries:
-            return cls(name, "nothing released", None, None, None, None, {}, asdict(budget) if budget else None, {}, ())
+            return cls(
+                status="nothing released",
+                unit=None,
+                epsilon=None,
+                delta=None,
+                accountant=None,
+                bounds={},
+                group_epsilon={},
+                entries=(),
+                **state,
+            )
         delta = budget.delta if budget else min(entry.delta for entry in entries)
         # Of these entries, not of the ledger: another process may be adding to it.
         event = composed(entry.event for entry in entries)
@@ -128,7 +147,6 @@ class PrivacyReport:
         sizes = _GROUP_SIZES if entries[0].unit == "image" else ()
         groups = {k: _finite(accountants.group_epsilon(event, delta, k)) if holds else None for k in sizes}
         return cls(
-            ledger=name,
             status=_status(entries, delta) if holds else "not private",
             unit=entries[0].unit,
             epsilon=bounds.epsilon if holds else None,
@@ -138,11 +156,9 @@ class PrivacyReport:
                 "pld": _finite(bounds.pld) if holds else None,
                 "rdp": _finite(bounds.rdp) if holds else None,
             },
-            budget=asdict(budget) if budget else None,
             group_epsilon=groups,
             entries=tuple(_report_entry(entry) for entry in entries),
-            ledger_lines=lines,
-            ledger_hash=last_hash,
+            **state,
         )
 
     @property
@@ -164,7 +180,7 @@ class PrivacyReport:
         whose = "any one patient's data were" if self.unit == "patient" else "any one image was"
         text = (
             f"Whoever sees {released} {learns} about whether {whose} used: the odds change by a factor of at most "
-            f"{_factor(self.epsilon)} (ε = {_rounded_up(self.epsilon, 2)}), but for a chance of δ = {self.delta:g}."
+            f"{_factor(self.epsilon)} (ε = {rounded_up(self.epsilon, 2)}), but for a chance of δ = {self.delta:g}."
         )
         if self.unit == "image":
             text += " This protects single images: a patient with several images is protected less, or hardly at all."
@@ -185,6 +201,8 @@ class PrivacyReport:
         lines = ["# Privacy report", "", self.claim, "", f"Status: **{self.status}**"]
         if self.entries:
             lines += ["", *_claim_table(self)]
+        if self.begun:
+            lines += ["", f"Begun, with no step recorded and so nothing released: {_names(self.begun)}."]
         for number, entry in enumerate(self.entries, 1):
             lines += ["", f"## Run {number}: {entry.entry_id[:8]}", "", *_entry_table(entry)]
         unnoised = dict.fromkeys(item for entry in self.entries for item in entry.unnoised)
@@ -238,6 +256,11 @@ def _entry_table(entry: ReportEntry) -> list[str]:
     return _table(rows)
 
 
+def _names(entry_ids: tuple[str, ...]) -> str:
+    count = "1 run" if len(entry_ids) == 1 else f"{len(entry_ids)} runs"
+    return f"{count} ({', '.join(entry_id[:8] for entry_id in entry_ids)})"
+
+
 def _table(rows: list[tuple[str, str]]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
 
@@ -247,11 +270,13 @@ def _bullets(items: Mapping[str, None], otherwise: str) -> list[str]:
 
 
 def _say(value: float | None) -> str:
-    return "none" if value is None else _rounded_up(value, 4)
+    return "none" if value is None else rounded_up(value, 4)
 
 
-def _rounded_up(value: float, decimals: int) -> str:
-    """A bound may be stated larger than it is, never smaller."""
+def rounded_up(value: float, decimals: int) -> str:
+    """``value`` with so many decimals: a bound may be stated larger than it is, never smaller."""
+    if not math.isfinite(value):
+        return str(value)
     return str(Decimal(repr(value)).quantize(Decimal(f"1e-{decimals}"), ROUND_CEILING, Context(prec=400)))
 
 

@@ -83,7 +83,9 @@ def test_calibrate_prints_the_noise():
     plan = DPSGDPlan(num_patients=1000, expected_batch_size=100, steps=30, delta=1e-5).calibrate(epsilon=2)
     assert numbers["noise_multiplier"] == plan.noise_multiplier
     assert numbers["epsilon"] <= 2
-    assert f"noise_multiplier {plan.noise_multiplier:g} for 30 steps" in call("calibrate", *options).stdout
+    told = call("calibrate", *options).stdout
+    assert f"noise_multiplier {plan.noise_multiplier:g} for 30 steps" in told
+    assert plan.epsilon() <= float(told.split("ε = ")[1].split()[0]) <= 2
 
 
 GOOD = {"num-patients": 1000, "expected-batch-size": 100, "epsilon": 2, "steps": 30, "delta": 1e-5}
@@ -213,15 +215,42 @@ def test_bad_data_gives_one_line_and_nothing_is_trained(case, tmp_path):
     folder = write_synthetic_chest_xrays(tmp_path / "data", num_patients=6, image_size=32, seed=0)
     spoil(folder)
     assert_one_line(call("demo", "--data", folder, "--output", tmp_path / "out"), message)
-    assert not list((tmp_path / "out").rglob("ledger.jsonl"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_data_and_too_few_patients_give_one_line(xrays, tmp_path):
     assert_one_line(call("demo", "--data", tmp_path / "nowhere", "--output", tmp_path / "out"), "nowhere")
     (tmp_path / "empty").mkdir()
     assert_one_line(call("demo", "--data", tmp_path / "empty", "--output", tmp_path / "out"), "empty")
-    done = call("demo", "--data", xrays, "--output", tmp_path / "out", "--epochs", 1, "--expected-batch-size", 500)
-    assert_one_line(done, "expected_batch_size is 500, above the")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_do_not_exist_are_refused_before_anything_is_imported(tmp_path):
+    heavy = {"monai_privacy.demo": None, "monai_privacy.data": None}  # an import of either would fail
+    with mock.patch.dict(sys.modules, heavy):
+        assert_one_line(call("demo", "--data", tmp_path / "nowhere"), "nowhere does not exist")
+        assert_one_line(call("prepare", tmp_path / "nowhere", tmp_path), "nowhere does not exist")
+
+
+BAD_DEMO_NUMBERS = {
+    "--epochs=0": "epochs is 0",
+    "--epochs=-1": "epochs is -1",
+    "--epsilon=0": "epsilon is 0.0",
+    "--delta=0": "delta is 0.0",
+    "--delta=0.1": "delta is 0.1, at or above 1 / ",
+    "--expected-batch-size=0": "expected_batch_size is 0",
+    "--expected-batch-size=500": "expected_batch_size is 500, above the",
+}
+
+
+@pytest.mark.parametrize("option", BAD_DEMO_NUMBERS)
+def test_demo_refuses_bad_numbers_before_training_and_leaves_nothing(xrays, tmp_path, option):
+    options = ["--data", xrays, "--output", tmp_path / "out", "--ledger", tmp_path / "cohort.jsonl"]
+    with mock.patch("monai_privacy.demo.train_bundle", side_effect=AssertionError("trained")):
+        done = call("demo", *options, option)
+    assert_one_line(done, BAD_DEMO_NUMBERS[option])
+    # Nor a ledger: its budget could not be changed any more.
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_gives_one_line_and_releases_nothing(xrays, tmp_path):
@@ -261,13 +290,18 @@ def test_a_ledger_that_cannot_be_written_stops_the_demo_before_training(xrays, t
         "--ledger", tmp_path / "file" / "ledger.jsonl",
     )  # fmt: skip
     assert_one_line(done, "cannot hold a ledger")
+    assert "epoch" not in done.stdout
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_standing_ledger_refuses_what_the_cohort_cannot_afford(xrays, tmp_path):
     options = ["demo", "--data", xrays, "--epochs", 1, "--delta", 1e-3, "--ledger", tmp_path / "cohort.jsonl"]
     assert call(*options, "--output", tmp_path / "one").returncode == 0
-    assert_one_line(call(*options, "--output", tmp_path / "two"), "is spent")
+    spent = call(*options, "--output", tmp_path / "two")
+    assert_one_line(spent, "is spent")
+    assert "epoch" not in spent.stdout  # not even the training without privacy
     assert_one_line(call(*options, "--output", tmp_path / "two", "--epsilon", 9), "a cohort's budget is fixed")
+    assert not (tmp_path / "two").exists()
 
 
 def test_faults_of_the_program_keep_their_traceback():

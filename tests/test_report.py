@@ -115,16 +115,27 @@ def test_the_epsilon_is_of_the_steps_that_are_listed(path: Path, monkeypatch: py
 # --- statuses
 
 
-def test_nothing_released(path: Path) -> None:
-    for prepare in (lambda: PrivacyLedger(path), lambda: run(path, steps=0)):
-        prepare()
-        found = PrivacyReport.from_ledger(path)
-        assert found.status == "nothing released"
-        assert found.claim == "Nothing was released about this cohort."
-        assert (found.epsilon, found.delta, found.unit, found.entries) == (None, None, None, ())
-        assert found.claim in str(found)
-        assert "| ε |" not in str(found)
-        assert json.loads(found.to_json())["epsilon"] is None
+@pytest.mark.parametrize("begun", [0, 1, 2])
+def test_nothing_released(path: Path, begun: int) -> None:
+    book = PrivacyLedger(path)
+    for _ in range(begun):
+        run(book, steps=0)
+    found = PrivacyReport.from_ledger(path)
+    assert found.status == "nothing released"
+    assert found.claim == "Nothing was released about this cohort."
+    assert (found.epsilon, found.delta, found.unit, found.entries) == (None, None, None, ())
+    assert found.claim in str(found)
+    assert "| ε |" not in str(found)
+    assert json.loads(found.to_json())["epsilon"] is None
+    # The state of the ledger is named all the same: a later release is then seen to be later.
+    assert (found.ledger_lines, found.ledger_hash) == book.head
+    assert f"as of line {1 + begun} (SHA-256 {book.head[1][:16]})" in str(found)
+    names = tuple(entry.entry_id for entry in book.entries)
+    assert found.begun == names
+    assert json.loads(found.to_json())["begun"] == list(names)
+    assert all(name[:8] in str(found) for name in names)
+    assert ("with no step recorded" in str(found)) == (begun > 0)
+    assert ("1 run (" in str(found)) == (begun == 1)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +184,8 @@ def test_a_run_without_guarantee_that_never_ran_spoils_nothing(path: Path) -> No
     assert found.status == "formal, with assumptions"
     assert found.epsilon == accounting.epsilon(event, PLAN.delta)
     assert len(found.entries) == 1
+    assert len(found.begun) == 1
+    assert f"with no step recorded and so nothing released: 1 run ({found.begun[0][:8]})." in str(found)
 
 
 # --- the claim
@@ -217,6 +230,10 @@ def test_no_digit_flatters(epsilon: float) -> None:
     assert math.exp(epsilon) <= float(factor) <= math.exp(epsilon) * 1.011
     (stated,) = re.search(r"\| ε \| ([\d.]+) \|", str(found)).groups()
     assert epsilon <= float(stated) <= epsilon + 0.0001
+
+
+def test_rounding_up_leaves_infinity() -> None:
+    assert report.rounded_up(math.inf, 2) == "inf"
 
 
 def test_numbers_that_need_no_rounding_stay() -> None:

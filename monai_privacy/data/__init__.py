@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from monai_privacy.data.chest_xray import ChestXRaySource, count_patients, read_chest_xrays
 from monai_privacy.data.chest_xray_transforms import LoadChestXRay, LoadChestXRayd
-from monai_privacy.data.datalist import write_datalist
+from monai_privacy.data.datalist import bundle_records, write_datalist
 from monai_privacy.data.loading import LogicalBatch, count_units, poisson_loader, units_of
 from monai_privacy.data.sampling import PoissonPatientSampler
 from monai_privacy.data.splits import split_patients
@@ -27,6 +27,7 @@ __all__ = [
     "LoadChestXRayd",
     "LogicalBatch",
     "PoissonPatientSampler",
+    "bundle_records",
     "count_patients",
     "count_units",
     "poisson_loader",

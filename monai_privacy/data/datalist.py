@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.data import load_decathlon_datalist
 from PIL import Image
 
 from monai_privacy.data.chest_xray import ChestXRaySource, Record, count_patients
@@ -86,6 +87,36 @@ def write_datalist(
     partial.write_text(json.dumps(datalist, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return path
+
+
+def bundle_records(
+    datalist_file: str | os.PathLike[str], split: str, *, base_dir: str | os.PathLike[str]
+) -> list[Record]:
+    """The records of one split of a ``datalist.json``, for a bundle's config file.
+
+    Args:
+        datalist_file: what ``write_datalist`` wrote.
+        split: "training", "validation" or "test".
+        base_dir: where relative paths in the list start.
+
+    Raises:
+        SystemExit: where there is no such file or split, with one line that says how to make it.
+    """
+    path = Path(datalist_file)
+    if not path.is_file():
+        raise _stop(
+            f"{path} does not exist: the X-rays are not prepared. "
+            f"Run: python -m monai_privacy prepare <your X-rays> {path.parent}"
+        )
+    if not json.loads(path.read_text(encoding="utf-8")).get(split):
+        raise _stop(f"{path} has no {split} images. Prepare the X-rays with a share of the patients for {split}.")
+    records: list[Record] = load_decathlon_datalist(path, data_list_key=split, base_dir=base_dir)
+    return records
+
+
+def _stop(message: str) -> SystemExit:
+    # MONAI's config parser wraps any ordinary exception, and ends sixty lines of traceback with words of its own.
+    return SystemExit(f"error: {message}")
 
 
 def _split(source: ChestXRaySource, seed: int, test: float, validation: float) -> dict[str, Sequence[int]]:

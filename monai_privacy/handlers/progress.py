@@ -15,15 +15,18 @@ from __future__ import annotations
 
 from ignite.engine import Engine, Events
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from monai_privacy.engines import DPSupervisedTrainer
+from monai_privacy.report import rounded_up
 
 
 class PrivacyProgressHandler:
-    """Shows epoch, steps, ε so far and the time left. No loss: the training loss is not noised.
+    """Shows epoch, steps, ε and the time left. No loss: the training loss is not noised.
 
-    Where the output is no terminal, prints one line for each epoch.
+    ε is that of the whole ledger, at the plan's δ, after the last finished epoch, and says so: the steps since then have
+    cost more, and finding ε takes too long to do it at each step. Where the output is no terminal, prints one line for
+    each epoch.
 
     Args:
         description: what is being trained, in a word or two.
@@ -36,10 +39,9 @@ class PrivacyProgressHandler:
         self._console = Console(stderr=True, force_jupyter=False) if console is None else console
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=10),  # all of it in 80 columns
             MofNCompleteColumn(),
             TextColumn("{task.fields[spent]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self._console,
@@ -71,8 +73,9 @@ class PrivacyProgressHandler:
     def _show_epoch(self, engine: Engine) -> None:
         spent = ""
         if isinstance(engine, DPSupervisedTrainer):
-            spent = f"ε {engine.ledger.epsilon(engine.plan.delta):.2f} at δ {engine.plan.delta:g}"
-        self._progress.update(self._task, spent=spent)
+            epsilon = f"ε {rounded_up(engine.ledger.epsilon(engine.plan.delta), 2)}"
+            self._progress.update(self._task, spent=f"{epsilon} after epoch {engine.state.epoch}")
+            spent = f"{epsilon} at δ {engine.plan.delta:g}"
         if not self._console.is_terminal:
             line = f"{self.description}: epoch {engine.state.epoch}/{engine.state.max_epochs}  {spent}".rstrip()
             self._console.print(line, highlight=False)

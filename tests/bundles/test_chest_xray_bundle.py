@@ -87,11 +87,11 @@ class Run(NamedTuple):
 
 @pytest.fixture(scope="module")
 def private(data, tmp_path_factory) -> Run:
-    """A private training by the command of the bundle's README."""
-    folder = tmp_path_factory.mktemp("private")
+    """A private training by the command of the bundle's README, into the folder that it chooses itself."""
+    root = tmp_path_factory.mktemp("private")
     values = {"epsilon": TARGET_EPSILON, "delta": DELTA, "epochs": 2}
-    log = bundle_command([TRAIN, OVERLAY], dataset_dir=data.folder, output_dir=folder, **values)
-    return Run(folder, data.folder / "ledger.jsonl", log)
+    log = bundle_command([TRAIN, OVERLAY], dataset_dir=data.folder, bundle_root=root, **values)
+    return Run(root / "models" / "private", data.folder / "ledger.jsonl", log)
 
 
 def bundle_command(configs: Sequence[Path], *, launcher: Sequence[str] = (), **values: object) -> str:
@@ -211,6 +211,34 @@ def test_training_and_inference_agree_on_network_and_preprocessing():
 
 
 # ------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize(
+    "configs", [[TRAIN], [TRAIN, EVALUATE], [TRAIN, OVERLAY]], ids=["train", "evaluate", "private"]
+)
+def test_without_prepared_data_one_line_says_how_to_make_them(tmp_path, configs, capfd):
+    with pytest.raises(SystemExit) as stop:
+        monai.bundle.run(config_file=[str(path) for path in configs], bundle_root=str(tmp_path), logging_file=False)
+    assert stop.value.code == (
+        f"error: {tmp_path}/data/datalist.json does not exist: the X-rays are not prepared. "
+        f"Run: python -m monai_privacy prepare <your X-rays> {tmp_path}/data"
+    )
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_a_list_without_test_images_is_named(data, tmp_path):
+    (tmp_path / "datalist.json").write_text(json.dumps(data.datalist | {"test": []}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="has no test images"):
+        score_bundle([TRAIN, EVALUATE], overrides(data, tmp_path / "out") | {"dataset_dir": str(tmp_path)})
+
+
+def test_private_and_plain_training_have_folders_of_their_own(tmp_path):
+    folders = []
+    for configs in ([TRAIN], [TRAIN, OVERLAY]):
+        made = ConfigWorkflow([str(path) for path in configs], "train", logging_file=False, bundle_root=str(tmp_path))
+        folders.append(Path(made.parser.get_parsed_content("output_dir")))
+    assert folders == [tmp_path / "models", tmp_path / "models" / "private"]
 
 
 def test_plain_training_leaves_a_model_and_nothing_of_privacy(plain):
@@ -353,6 +381,15 @@ def test_evaluation_measures_the_test_patients(plain, data):
     with open(plain / "metrics.csv", newline="", encoding="utf-8") as file:
         saved = {name: float(value) for name, value in csv.reader(file)}
     assert saved == pytest.approx(expected, abs=1e-6)
+
+
+def test_metrics_are_plain_numbers_where_scores_are_tied(plain, data, tmp_path):
+    # MONAI's AUC is then a numpy.float32.
+    constant = {name: torch.zeros_like(value) for name, value in network_of(plain / "model.pt").state_dict().items()}
+    torch.save({"model": constant}, tmp_path / "model.pt")
+    scores = score_bundle([TRAIN, EVALUATE], overrides(data, tmp_path))
+    assert scores.metrics["auc"] == 0.5
+    assert json.loads(json.dumps(scores.metrics)) == scores.metrics
 
 
 def test_all_formats_get_the_probabilities_of_the_evaluation(plain, data, tmp_path):
