@@ -13,8 +13,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -24,7 +25,8 @@ from randomgen import AESCounter
 from torch import Tensor
 
 # Bounds the memory of one draw to some tens of megabytes, whatever the size of the network.
-_CHUNK = 1 << 16
+# Small enough for the cache, large enough to divide among threads.
+_CHUNK = 1 << 17
 
 
 class NoiseSource(Protocol):
@@ -46,7 +48,7 @@ class SystemNoise:
     A ``torch.Generator`` on the CPU keeps 32 bits of its seed and is linear besides: a coordinate whose gradient is
     known to be zero shows its noise, and from some hundred of those the noise of every other coordinate follows. So
     the bits are those of AES-128 in counter mode under a key from ``os.urandom`` that is thrown away after the call;
-    they become normal numbers in float64 (ziggurat), are added in float64, and the sum is rounded once.
+    they become normal numbers in float64, are added in float64, and the sum is rounded once.
     ``set_determinism``, ``torch.manual_seed`` and checkpoints have no hold on it.
 
     On a CUDA device the noise is made by the device's own counter-based generator (Philox), seeded anew from the
@@ -79,26 +81,42 @@ def _noised_on_cuda(tensor: Tensor, standard_deviation: float) -> Tensor:
     return (tensor.double() + noise * standard_deviation).to(tensor.dtype)
 
 
+@torch.no_grad()
 def _add_on_cpu(jobs: Sequence[tuple[Tensor, Tensor]], standard_deviation: float) -> None:
-    """Write each first tensor plus noise into the second, on as many threads as torch uses."""
+    """Write each first tensor plus noise into the second."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        blocks = _normal_blocks(pool, torch.get_num_threads())
+        block, used = torch.empty(0), 0
+        for source, target in jobs:
+            if used + len(source) > len(block):
+                block, used = next(blocks), 0
+            noise = block[used : used + len(source)]
+            used += len(source)
+            # The copy is the one rounding, where the gradient is in float32.
+            target.copy_(noise.mul_(standard_deviation).add_(source))
 
-    def work(share: Sequence[tuple[Tensor, Tensor]]) -> None:
-        generator, buffer = _fresh_generator(), np.empty(_CHUNK)
-        for source, target in share:
-            noise = buffer[: source.numel()]
-            generator.standard_normal(out=noise)
-            noise *= standard_deviation
-            noise += source.numpy()
-            # The one rounding, where the gradient is in float32.
-            target.numpy()[:] = noise
 
-    threads = min(torch.get_num_threads(), len(jobs))
-    if threads <= 1:
-        return work(jobs)
-    # numpy lets go of the interpreter while it draws.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, [jobs[number::threads] for number in range(threads)]))
-    return None
+def _normal_blocks(pool: ThreadPoolExecutor, threads: int) -> Iterator[Tensor]:
+    """Blocks of fresh standard normal numbers, in float64; each is written over by the next."""
+    generators = [_fresh_generator() for _ in range(threads)]
+    buffer = np.empty(_CHUNK)
+    parts = np.array_split(buffer, threads)
+    while True:
+        # numpy lets go of the interpreter while it draws; torch divides its own work among threads.
+        list(pool.map(lambda generator, part: generator.random(out=part), generators, parts))
+        yield _normal(buffer)
+
+
+def _normal(uniform: np.ndarray) -> Tensor:
+    """Turn numbers uniform on [0, 1), of even length, into standard normal ones in place (Box and Muller 1958)."""
+    values = torch.from_numpy(uniform)
+    # From [0, 1) to (0, 1], exactly, so that the logarithm is finite.
+    radius = values[: len(uniform) // 2].neg_().add_(1.0).log_().mul_(-2.0).sqrt_()
+    angle = values[len(uniform) // 2 :].mul_(2 * math.pi)
+    cosine = angle.cos()
+    angle.sin_().mul_(radius)
+    radius.mul_(cosine)
+    return values
 
 
 def _fresh_generator() -> np.random.Generator:

@@ -83,7 +83,8 @@ class MethodChooser:
         self,
         number: int,
         signature: tuple[object, ...],
-        methods: Sequence[NormMethod],
+        methods: Callable[[], Sequence[NormMethod]],
+        collect: Callable[[str], Material],
         units: Units,
         budget: MemoryBudget,
         device: torch.device,
@@ -93,51 +94,55 @@ class MethodChooser:
         Args:
             number: the use in the pass: two layers of one shape have not the same memory left.
             signature: what the time depends on, the number of rows apart.
-            methods: the candidates; one of them must always be admitted.
+            methods: gives the candidates.
+            collect: does what the method of that name does.
             units: Poisson draws differ from step to step, so times are remembered by power of two.
             budget: what may be held.
             device: where it runs.
         """
         key = (number, signature, units.rows.bit_length(), units.number.bit_length(), units.equal is None)
         known = self._choices.get(key)
-        chosen = next((m for m in methods if known is not None and m.name == known.method), None)
-        if chosen is not None:
-            material = chosen.collect()
+        if known is not None:
+            material = collect(known.method)
         else:
-            admitted = [method for method in methods if budget.admits(method)]
-            # Nothing fits: the one that holds least.
-            admitted = admitted or [min(methods, key=lambda m: m.held + m.temporary)]
-            material, self._choices[key] = _fastest(admitted, units, device)
+            candidates = methods()
+            # Where nothing fits, the one that holds least.
+            admitted = [method for method in candidates if budget.admits(method)] or [
+                min(candidates, key=lambda method: method.held + method.temporary)
+            ]
+            material, self._choices[key] = _fastest(admitted, collect, units, device)
         budget.hold(material.nbytes)
         return material
 
 
-def _fastest(methods: Sequence[NormMethod], units: Units, device: torch.device) -> tuple[Material, Choice]:
+def _fastest(
+    methods: Sequence[NormMethod], collect: Callable[[str], Material], units: Units, device: torch.device
+) -> tuple[Material, Choice]:
+    by_estimate = sorted(methods, key=lambda method: method.arithmetic)
     if len(methods) == 1 or torch.are_deterministic_algorithms_enabled():
-        # By estimate: times would not repeat, and the methods' roundings differ.
-        method = min(methods, key=lambda m: m.arithmetic)
-        material = method.collect()
-        return material, Choice(method.name, 0.0, material.nbytes)
+        # Not by time, which would not repeat: the methods' roundings differ.
+        material = collect(by_estimate[0].name)
+        return material, Choice(by_estimate[0].name, 0.0, material.nbytes)
     best: tuple[float, Material, str] | None = None
-    for method in sorted(methods, key=lambda m: m.arithmetic):
-        seconds, material = _timed(method.collect, units, device)
+    for name in (method.name for method in by_estimate):
+        seconds, material = _timed(collect, name, units, device)
         if best is None or seconds < _CLEARLY_SLOWER * best[0]:
-            again, material = _timed(method.collect, units, device)
+            again, material = _timed(collect, name, units, device)
             seconds = min(seconds, again)
         if best is None or seconds < best[0]:
-            best = (seconds, material, method.name)
+            best = (seconds, material, name)
         del material
     assert best is not None
     seconds, material, name = best
     return material, Choice(name, seconds, material.nbytes)
 
 
-def _timed(collect: Callable[[], Material], units: Units, device: torch.device) -> tuple[float, Material]:
+def _timed(collect: Callable[[str], Material], name: str, units: Units, device: torch.device) -> tuple[float, Material]:
     ones = torch.ones(units.number, dtype=torch.float64, device=device)
     finite = torch.ones(units.number, dtype=torch.bool, device=device)
     _wait(device)
     start = time.perf_counter()
-    material = collect()
+    material = collect(name)
     material.weighted_sum(ones, finite)
     _wait(device)
     return time.perf_counter() - start, material

@@ -69,6 +69,7 @@ class GradientClipper:
         self._method = method
         self._chooser = MethodChooser()
         self._probed: dict[tuple[Key, ...] | None, str] = {}
+        self._cases: set[object] = set()
         self._faults: dict[object, str] = {}
 
     @property
@@ -105,7 +106,6 @@ class GradientClipper:
         max_rows: int | None,
         observe: Observe | None,
     ) -> ClippedGradientSum:
-        names = self._names(parameters)
         if self._method == "opacus":
             self._require_independent_rows(forward, chunk)
             return opacus_sum(
@@ -114,13 +114,15 @@ class GradientClipper:
                 self._row_loss,
                 chunk,
                 parameters,
-                names,
+                self._names(parameters),
                 max_grad_norm,
                 observe=observe,
             )
         case = (self._network.training, chunk.inputs.shape[1:], chunk.inputs.dtype)
-        if self._method == "auto" and case not in self._faults and (reason := _is_opaque(self._network)):
-            self._faults[case] = reason
+        if case not in self._cases:
+            self._cases.add(case)
+            if reason := _is_opaque(self._network):
+                self._faults[case] = reason
         too_many = max_rows is not None and len(chunk.rows) > max_rows
         if self._method != "microbatch" and case not in self._faults and not too_many:
             try:
@@ -130,13 +132,13 @@ class GradientClipper:
                     chunk,
                     parameters,
                     max_grad_norm,
-                    names=names,
                     chooser=self._chooser,
-                    require_owned=lambda key: self._require_owned(key, forward, chunk, parameters, names),
+                    require_owned=lambda key: self._require_owned(key, forward, chunk, parameters),
                     observe=observe,
                 )
             except NotSeenError as error:
-                self._faults[case] = str(error)
+                unheard = error.parameter
+                self._faults[case] = str(error) if unheard is None else _without_rule(self._names(parameters)[unheard])
         if self._method == "one_pass":
             raise ValueError(
                 f"method is 'one_pass', but {self._faults.get(case, 'a patient has more than max_physical_batch_size rows')}"
@@ -152,11 +154,10 @@ class GradientClipper:
         forward: Forward,
         chunk: Chunk,
         parameters: list[nn.Parameter],
-        names: Sequence[str],
     ) -> None:
         if key not in self._probed:
             row_losses = self._row_losses(forward, chunk)
-            found, fault = find_fault(parameters, names, row_losses, chunk.inputs, chunk.targets)
+            found, fault = find_fault(parameters, self._names(parameters), row_losses, chunk.inputs, chunk.targets)
             self._probed[found] = fault
         fault = self._probed.get(key, "what the network calls depends on what it sees")
         if fault:
@@ -181,6 +182,10 @@ class GradientClipper:
     def _names(self, parameters: Sequence[nn.Parameter]) -> list[str]:
         known = {id(parameter): name for name, parameter in self._network.named_parameters()}
         return [known.get(id(parameter), "a parameter") for parameter in parameters]
+
+
+def _without_rule(name: str) -> str:
+    return f"{name} is used by an operation without a rule"
 
 
 def _is_opaque(network: nn.Module) -> str:

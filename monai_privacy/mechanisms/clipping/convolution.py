@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -81,11 +82,11 @@ class ConvolutionRule(OperationRule):
             found_bias = by_unit(wide(gradient).flatten(2).sum(2), units, bias)
         found_weight = None
         if wanted.weight:
-            methods = self._methods(x, gradient, weight, units)
-            if wanted.gradients_only:
-                methods = [method for method in methods if method.name in ("loop", "grouped", "product")]
-            signature = (self, tuple(x.shape[1:]), tuple(weight.shape), x.dtype, x.device.type, wanted.gradients_only)
-            found_weight = choose(signature, methods)
+            found_weight = choose(
+                (self, x.shape[1:], weight.shape, x.dtype, x.device.type, wanted.gradients_only),
+                lambda: self._methods(x, gradient, weight, units, wanted.gradients_only),
+                lambda name: self._collectors[name](self, x, gradient, weight, units),
+            )
         return Found(grad_x, found_weight, found_bias)
 
     @property
@@ -93,21 +94,22 @@ class ConvolutionRule(OperationRule):
         output_padding = self.output_padding or (0,) * len(self.stride)
         return self.stride, self.padding, self.dilation, self.transposed, output_padding, self.groups
 
-    def _methods(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> list[NormMethod]:
+    def _methods(
+        self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units, gradients_only: bool
+    ) -> list[NormMethod]:
         size, rows = weight.numel() * max(4, weight.element_size()), units.rows
         positions = math.prod((x if self.transposed else gradient).shape[2:])
         one = 2.0 * weight.numel() * positions * rows  # an ordinary weight gradient
-        held = x.nbytes + gradient.nbytes
-        kept = units.number * size
-        several = rows * size if rows > units.number else 0
-        methods = [
-            NormMethod("loop", lambda: self._loop(x, gradient, weight, units), kept, size, one),
-            NormMethod("loop, norms", lambda: self._loop_norms(x, gradient, weight, units), held, 2 * size, 2 * one),
-        ]
+        kept, several = units.number * size, rows * size if rows > units.number else 0
+        methods = [NormMethod("loop", kept, size, one)]
         if rows > 1:
-            methods.append(NormMethod("grouped", lambda: self._grouped(x, gradient, weight, units), kept, several, one))
+            methods.append(NormMethod("grouped", kept, several, one))
         if not self.transposed and self.groups == 1 and set(weight.shape[2:]) == {1} and not any(self.padding):
-            methods.append(NormMethod("product", lambda: self._product(x, gradient, weight, units), kept, several, one))
+            methods.append(NormMethod("product", kept, several, one))
+        if gradients_only:
+            return methods
+        held = x.nbytes + gradient.nbytes
+        methods.append(NormMethod("loop, norms", held, 2 * size, 2 * one))
         image, output = (gradient, x) if self.transposed else (x, gradient)
         pixels = math.prod(n + 2 * p for n, p in zip(image.shape[2:], self.padding, strict=True))
         per_unit = rows / units.number
@@ -116,10 +118,9 @@ class ConvolutionRule(OperationRule):
             + per_unit * positions**2 * (2.0 * output.shape[1] + self.groups * math.prod(weight.shape[2:]))
         )
         if gram < 2 * one:
-            temporary = max(_GRAM_BYTES, self._gram_bytes(image, output, max(units.counts)))
-            methods.append(
-                NormMethod("gram", lambda: self._gram(x, gradient, weight, units), held, temporary, 2 * gram + one)
-            )
+            of_unit = self._gram_bytes(image, output, max(units.counts))
+            temporary = min(units.number * of_unit, max(_GRAM_BYTES, of_unit))
+            methods.append(NormMethod("gram", held, temporary, 2 * gram + one))
         return methods
 
     def _gram_bytes(self, image: Tensor, output: Tensor, rows: int) -> int:
@@ -207,6 +208,14 @@ class ConvolutionRule(OperationRule):
                 for at, d, s, n in zip(offset, self.dilation, self.stride, output, strict=True)
             )
             yield (slice(None), slice(None), *seen, slice(None), *seen)
+
+    _collectors: ClassVar[dict[str, Callable[..., Material]]] = {
+        "loop": _loop,
+        "grouped": _grouped,
+        "product": _product,
+        "loop, norms": _loop_norms,
+        "gram": _gram,
+    }
 
     def _postponed(self, squares: Tensor, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
         def combine(factors: Tensor, finite: Tensor) -> Tensor:

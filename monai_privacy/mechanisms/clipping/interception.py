@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,9 +172,8 @@ class _Heard(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, use: Use, listener: Listener, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        device = x.device.type
         lowered = [w.to(x.dtype) if w is not None and use.operation.lower_precision else w for w in (weight, bias)]
-        with torch.autocast(device, enabled=False):
+        with _as_they_are(x):
             y, extra = use.operation.run(x, *lowered)
         ctx.use, ctx.listener = use, listener
         ctx.save_for_backward(x, weight, bias, *extra)
@@ -187,6 +187,14 @@ class _Heard(torch.autograd.Function):
             return (None,) * 5
         x, weight, bias, *extra = ctx.saved_tensors
         lowered = [w.to(x.dtype) if w is not None and ctx.use.operation.lower_precision else w for w in (weight, bias)]
-        with torch.autocast(x.device.type, enabled=False):
+        with _as_they_are(x):
             found = ctx.listener.heard(ctx.use, x, *lowered, tuple(extra), gradient, ctx.needs_input_grad[2])
         return None, None, found, None, None
+
+
+def _as_they_are(x: Tensor) -> AbstractContextManager[Any]:
+    """No casts by autocast: the dtypes were chosen already."""
+    # Making the context costs more than many a small layer.
+    if not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)

@@ -61,33 +61,29 @@ class LinearRule(OperationRule):
             found_bias = by_unit(wide(gradient).sum(1), units, bias)
         found_weight = None
         if wanted.weight:
-            methods = self._methods(x, gradient, weight, units)
-            if wanted.gradients_only:
-                methods = methods[:1]
-            signature = (self.name, positions, tuple(weight.shape), x.dtype, x.device.type, wanted.gradients_only)
-            found_weight = choose(signature, methods)
+            found_weight = choose(
+                (self.name, positions, weight.shape, x.dtype, x.device.type, wanted.gradients_only),
+                lambda: self._methods(x, gradient, weight, units, wanted.gradients_only),
+                lambda name: {"product": _product, "gram": _gram}[name](x, gradient, weight, units),
+            )
         return Found(grad_x, found_weight, found_bias)
 
-    def _methods(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> list[NormMethod]:
+    def _methods(
+        self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units, gradients_only: bool
+    ) -> list[NormMethod]:
         rows, positions, channels = x.shape
         size = weight.numel() * max(4, weight.element_size())
         one = 2.0 * rows * positions * weight.numel()
-        products = rows * (rows / units.number) * positions**2
-        gram = 2.0 * products * (channels + gradient.shape[2])
-        temporary = rows * size if rows > units.number else 0
-        return [
-            NormMethod("product", lambda: _product(x, gradient, units), units.number * size, temporary, one),
-            NormMethod(
-                "gram",
-                lambda: _gram(x, gradient, weight, units),
-                x.nbytes + gradient.nbytes,
-                int(8 * (2 * products + x.numel() + gradient.numel())),
-                2 * gram + one,
-            ),
-        ]
+        product = NormMethod("product", units.number * size, rows * size if rows > units.number else 0, one)
+        if gradients_only:
+            return [product]
+        pairs = rows * (rows / units.number) * positions**2
+        gram = 2.0 * pairs * (channels + gradient.shape[2])
+        temporary = int(8 * (2 * pairs + x.numel() + gradient.numel()))
+        return [product, NormMethod("gram", x.nbytes + gradient.nbytes, temporary, 2 * gram + one)]
 
 
-def _product(x: Tensor, gradient: Tensor, units: Units) -> Material:
+def _product(x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
     return UnitGradients(units.sum(wide(torch.bmm(gradient.transpose(1, 2), x))))
 
 
@@ -144,21 +140,19 @@ class EmbeddingRule(OperationRule):
         gradient = wide(gradient).reshape(*words.shape, -1)
         if self.padding_idx is not None:
             gradient = gradient * (words != self.padding_idx % len(weight)).unsqueeze(-1)
-        kept = units.number * weight.numel() * 4
-        methods = [
-            NormMethod("scatter", lambda: _scatter(words, gradient, weight, units), kept, 0, gradient.numel()),
-            NormMethod(
-                "equal words",
-                lambda: _equal_words(words, gradient, weight, units),
-                gradient.nbytes,
-                8 * words.shape[1] * words.numel(),
-                4.0 * words.shape[1] * gradient.numel(),
-            ),
-        ]
-        if wanted.gradients_only:
-            methods = methods[:1]
-        signature = (self.name, words.shape[1], tuple(weight.shape), x.device.type, wanted.gradients_only)
-        return Found(weight=choose(signature, methods))
+        kept = NormMethod("scatter", units.number * weight.numel() * 4, 0, gradient.numel())
+        equal = NormMethod(
+            "equal words",
+            gradient.nbytes,
+            8 * words.shape[1] * words.numel(),
+            4.0 * words.shape[1] * gradient.numel(),
+        )
+        found = choose(
+            (self.name, words.shape[1], weight.shape, x.device.type, wanted.gradients_only),
+            lambda: [kept] if wanted.gradients_only else [kept, equal],
+            lambda name: {"scatter": _scatter, "equal words": _equal_words}[name](words, gradient, weight, units),
+        )
+        return Found(weight=found)
 
 
 def _scatter(words: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:

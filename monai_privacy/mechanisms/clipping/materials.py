@@ -16,7 +16,7 @@ Either the gradient of each unit, or the units' squared norms and a way to form 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,19 @@ class Postponed:
 Material = UnitGradients | Postponed
 
 
+@dataclass(frozen=True)
+class Bundle:
+    """Gradients of several parameters side by side.
+
+    Args:
+        gradients: (P, total size).
+        sizes: of each parameter.
+    """
+
+    gradients: UnitGradients
+    sizes: tuple[int, ...]
+
+
 def squared_norms(values: Tensor) -> Tensor:
     """(P, ...) tensors to (P,) float64 squared L2 norms over all but the first dimension.
 
@@ -115,6 +128,27 @@ def without(flat: Tensor, finite: Tensor) -> Tensor:
     if flat.device.type == "cpu" and bool(finite.all()):
         return flat
     return torch.where(finite[:, None], flat, 0)
+
+
+def bundled(materials: Mapping[int, Material]) -> tuple[dict[int, Material], dict[int, tuple[Bundle, int]]]:
+    """Put the many small gradients (norm layers, biases) side by side, so that they cost one operation and not hundreds.
+
+    Returns:
+        The materials that are left, and for each other parameter its bundle and where it lies there.
+    """
+    alone: dict[int, Material] = {}
+    groups: dict[tuple[torch.dtype, torch.device], dict[int, Tensor]] = {}
+    for at, material in materials.items():
+        if isinstance(material, UnitGradients) and material.values[0].numel() <= _CHUNK:
+            groups.setdefault((material.values.dtype, material.values.device), {})[at] = material.values
+        else:
+            alone[at] = material
+    places: dict[int, tuple[Bundle, int]] = {}
+    for group in groups.values():
+        flat = [values.reshape(len(values), -1) for values in group.values()]
+        bundle = Bundle(UnitGradients(torch.cat(flat, 1)), tuple(values.shape[1] for values in flat))
+        places |= {at: (bundle, number) for number, at in enumerate(group)}
+    return alone, places
 
 
 def clip_factors(materials: Iterable[Material], max_grad_norm: float) -> tuple[Tensor, Tensor, Tensor]:

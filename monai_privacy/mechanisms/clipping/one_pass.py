@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from monai_privacy.mechanisms.clipping.choosing import MemoryBudget, MethodChooser
 from monai_privacy.mechanisms.clipping.chunk import Chunk
 from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Pass, Use
-from monai_privacy.mechanisms.clipping.materials import Material, added, clip_factors
+from monai_privacy.mechanisms.clipping.materials import Material, added, bundled, clip_factors
 from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 from monai_privacy.mechanisms.clipping.units import Units
@@ -30,7 +30,16 @@ from monai_privacy.mechanisms.losses import RowLoss
 
 
 class NotSeenError(Exception):
-    """The gradients of some parameter cannot be told apart by rows; the message says why."""
+    """The gradients of some parameter cannot be told apart by rows; the message says why.
+
+    Args:
+        reason: why.
+        parameter: position of a parameter that was used where it was not heard; None for other reasons.
+    """
+
+    def __init__(self, reason: str, parameter: int | None = None) -> None:
+        super().__init__(reason)
+        self.parameter = parameter
 
 
 def one_pass_sum(
@@ -40,7 +49,6 @@ def one_pass_sum(
     parameters: Sequence[nn.Parameter],
     max_grad_norm: float,
     *,
-    names: Sequence[str],
     chooser: MethodChooser,
     require_owned: Callable[[tuple[Key, ...] | None], None],
     observe: Callable[[Any, Tensor], None] | None = None,
@@ -53,7 +61,6 @@ def one_pass_sum(
         chunk: the rows.
         parameters: what to differentiate.
         max_grad_norm: L2 bound C on one patient's total gradient.
-        names: of the parameters, for messages.
         chooser: remembers methods.
         require_owned: raises ``NotSeenError`` where the rows of what was called do not belong to the batch's rows.
         observe: is shown what the network gave, and its rows, where the pass succeeded.
@@ -75,7 +82,7 @@ def one_pass_sum(
     with mode:
         unheard = mode.gradients(loss, parameters)
     if unheard:
-        raise NotSeenError(f"{names[unheard[0]]} is used by an operation without a rule")
+        raise NotSeenError("a parameter is used by an operation without a rule", unheard[0])
     if observe is not None:
         observe(outputs, chunk.rows)
     return summed(listener.materials, parameters, units, max_grad_norm, loss.device)
@@ -93,16 +100,24 @@ def summed(
     materials = {at: added(found.pop(at)) for at in list(found)}
     if not materials:
         return ClippedGradientSum.nothing(parameters, units.number, device)
-    norms, factors, finite = clip_factors(materials.values(), max_grad_norm)
+    alone, places = bundled(materials)
+    del materials
+    bundles = {id(bundle): bundle for bundle, _ in places.values()}
+    everything = [*alone.values(), *(bundle.gradients for bundle in bundles.values())]
+    norms, factors, finite = clip_factors(everything, max_grad_norm)
+    del everything
+    sums = {key: bundle.gradients.weighted_sum(factors, finite).split(bundle.sizes) for key, bundle in bundles.items()}
     gradients = []
     for at, parameter in enumerate(parameters):
-        # Taken out one by one, so that the memory goes as the sums come.
-        material = materials.pop(at, None)
-        gradients.append(
-            torch.zeros_like(parameter)
-            if material is None
-            else material.weighted_sum(factors, finite).reshape(parameter.shape).to(parameter.dtype)
-        )
+        if at in places:
+            bundle, number = places[at]
+            total = sums[id(bundle)][number]
+        elif at in alone:
+            # Taken out one by one, so that the memory goes as the sums come.
+            total = alone.pop(at).weighted_sum(factors, finite)
+        else:
+            total = torch.zeros_like(parameter)
+        gradients.append(total.reshape(parameter.shape).to(parameter.dtype))
     return ClippedGradientSum(tuple(gradients), norms)
 
 
@@ -139,8 +154,12 @@ class _Collector(Listener):
         )
         units = self._units.times(use.rows // self._units.rows)
 
-        def choose(signature: tuple[object, ...], methods: Sequence[NormMethod]) -> Material:
-            return self._chooser.collect(use.number, signature, methods, units, self._budget, x.device)
+        def choose(
+            signature: tuple[object, ...],
+            methods: Callable[[], Sequence[NormMethod]],
+            collect: Callable[[str], Material],
+        ) -> Material:
+            return self._chooser.collect(use.number, signature, methods, collect, units, self._budget, x.device)
 
         found = use.operation.backward(x, weight, bias, extra, gradient, units, wanted, choose)
         self._budget.free(x.nbytes)

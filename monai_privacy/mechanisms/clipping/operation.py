@@ -26,18 +26,16 @@ from monai_privacy.mechanisms.clipping.units import Units
 
 @dataclass(frozen=True)
 class NormMethod:
-    """One exact way to the norms of a weight's gradients by unit.
+    """What one exact way to the norms of a weight's gradients by unit costs.
 
     Args:
         name: "loop", "grouped", "product", "gram" ...
-        collect: does it.
         held: bytes that stay until the clip factors are known.
         temporary: bytes beside that, while it works.
         arithmetic: estimated multiplications and additions, the forming of the clipped sum included.
     """
 
     name: str
-    collect: Callable[[], Material]
     held: int
     temporary: int
     arithmetic: float
@@ -46,8 +44,13 @@ class NormMethod:
 class Choose(Protocol):
     """Choose one of several methods and return what it collects."""
 
-    def __call__(self, signature: tuple[object, ...], methods: Sequence[NormMethod]) -> Material:
-        """Collect by the best of ``methods``; ``signature`` names the case, so that it is found once."""
+    def __call__(
+        self,
+        signature: tuple[object, ...],
+        methods: Callable[[], Sequence[NormMethod]],
+        collect: Callable[[str], Material],
+    ) -> Material:
+        """Collect by the best of ``methods()``; ``signature`` names the case, so that it is found once."""
         ...
 
 

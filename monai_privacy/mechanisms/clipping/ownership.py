@@ -117,5 +117,7 @@ def find_fault(
     return key, ""
 
 
-def _never(signature: tuple[object, ...], methods: Sequence[NormMethod]) -> Material:
+def _never(
+    signature: tuple[object, ...], methods: Callable[[], Sequence[NormMethod]], collect: Callable[[str], Material]
+) -> Material:
     raise AssertionError("no material was wanted")
