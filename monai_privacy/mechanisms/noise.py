@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -25,8 +24,9 @@ from randomgen import AESCounter
 from torch import Tensor
 
 # Bounds the memory of one draw to some tens of megabytes, whatever the size of the network.
-# Small enough for the cache, large enough to divide among threads.
-_CHUNK = 1 << 17
+# Small enough for the cache, and for torch not to divide it: where the other cores are busy, threads wait for each
+# other longer than they work.
+_BLOCK = (1 << 15) - 2
 
 
 class NoiseSource(Protocol):
@@ -59,19 +59,12 @@ class SystemNoise:
 
     def add_gaussian(self, tensors: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
         """See :class:`NoiseSource`."""
-        noised: list[Tensor] = []
-        jobs: list[tuple[Tensor, Tensor]] = []
-        for tensor in tensors:
-            if tensor.device.type == "cuda":
-                noised.append(_noised_on_cuda(tensor, standard_deviation))
-                continue
-            wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-            source = wide.detach().cpu().contiguous().reshape(-1)
-            target = torch.empty_like(source)
-            jobs += zip(source.split(_CHUNK), target.split(_CHUNK), strict=True)
-            noised.append(target.reshape(tensor.shape))
-        _add_on_cpu(jobs, standard_deviation)
-        return [result.to(tensor) for result, tensor in zip(noised, tensors, strict=True)]
+        on_cpu = [tensor for tensor in tensors if tensor.device.type != "cuda"]
+        noised_on_cpu = iter(_noised_on_cpu(on_cpu, standard_deviation))
+        return [
+            _noised_on_cuda(tensor, standard_deviation) if tensor.device.type == "cuda" else next(noised_on_cpu)
+            for tensor in tensors
+        ]
 
 
 def _noised_on_cuda(tensor: Tensor, standard_deviation: float) -> Tensor:
@@ -82,28 +75,32 @@ def _noised_on_cuda(tensor: Tensor, standard_deviation: float) -> Tensor:
 
 
 @torch.no_grad()
-def _add_on_cpu(jobs: Sequence[tuple[Tensor, Tensor]], standard_deviation: float) -> None:
-    """Write each first tensor plus noise into the second."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        blocks = _normal_blocks(pool, torch.get_num_threads())
-        block, used = torch.empty(0), 0
-        for source, target in jobs:
-            if used + len(source) > len(block):
-                block, used = next(blocks), 0
-            noise = block[used : used + len(source)]
-            used += len(source)
+def _noised_on_cpu(tensors: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
+    results = []
+    blocks = _normal_blocks()
+    block = torch.empty(0)
+    for tensor in tensors:
+        source = tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32)).reshape(-1)
+        target, done = torch.empty_like(source), 0
+        while done < len(source):
+            if not len(block):
+                block = next(blocks)
+            take = min(len(block), len(source) - done)
+            noise, block = block[:take], block[take:]
+            part = slice(done, done + take)
             # The copy is the one rounding, where the gradient is in float32.
-            target.copy_(noise.mul_(standard_deviation).add_(source))
+            target[part].copy_(noise.mul_(standard_deviation).add_(source[part]))
+            done += take
+        results.append(target.reshape(tensor.shape).to(tensor))
+    return results
 
 
-def _normal_blocks(pool: ThreadPoolExecutor, threads: int) -> Iterator[Tensor]:
+def _normal_blocks() -> Iterator[Tensor]:
     """Blocks of fresh standard normal numbers, in float64; each is written over by the next."""
-    generators = [_fresh_generator() for _ in range(threads)]
-    buffer = np.empty(_CHUNK)
-    parts = np.array_split(buffer, threads)
+    generator = np.random.Generator(AESCounter(key=int.from_bytes(os.urandom(16), "little")))
+    buffer = np.empty(_BLOCK)
     while True:
-        # numpy lets go of the interpreter while it draws; torch divides its own work among threads.
-        list(pool.map(lambda generator, part: generator.random(out=part), generators, parts))
+        generator.random(out=buffer)
         yield _normal(buffer)
 
 
@@ -117,10 +114,6 @@ def _normal(uniform: np.ndarray) -> Tensor:
     angle.sin_().mul_(radius)
     radius.mul_(cosine)
     return values
-
-
-def _fresh_generator() -> np.random.Generator:
-    return np.random.Generator(AESCounter(key=int.from_bytes(os.urandom(16), "little")))
 
 
 class InsecureNoise:

@@ -24,7 +24,7 @@ from monai_privacy.mechanisms.clipping.operation import NormMethod
 from monai_privacy.mechanisms.clipping.units import Units
 
 # Beside what plain training needs at its peak; the rest is what the backward pass has freed so far.
-_ALLOWANCE = 0.05
+_ALLOWANCE = 0.06
 _LEAST_ALLOWANCE = 4 << 20
 # A second run of a slow method would tell little and cost much.
 _CLEARLY_SLOWER = 2.0
@@ -64,7 +64,7 @@ class MemoryBudget:
         self._left -= nbytes
 
     def free(self, nbytes: int) -> None:
-        """Count an input that plain training would have freed by now."""
+        """Count what plain training would have freed by now, or would hold in gradients."""
         self._left += nbytes
 
 

@@ -162,7 +162,8 @@ class _Collector(Listener):
             return self._chooser.collect(use.number, signature, methods, collect, units, self._budget, x.device)
 
         found = use.operation.backward(x, weight, bias, extra, gradient, units, wanted, choose)
-        self._budget.free(x.nbytes)
+        # Plain training has freed the input by now, and holds the gradients of these parameters.
+        self._budget.free(x.nbytes + sum(p.nbytes for p in (weight, bias) if p is not None))
         for at, material in ((use.weight, found.weight), (use.bias, found.bias)):
             if at is not None and material is not None:
                 self.materials.setdefault(at, []).append(material)
