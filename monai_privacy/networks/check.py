@@ -32,6 +32,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from monai_privacy.mechanisms.clipping.explanation import ClippingExplanation, explain_clipping
+
 __all__ = ["LayerProblem", "ProblemKind", "check_network", "find_updated_buffers", "require_privately_trainable"]
 
 ProblemKind = Literal[
@@ -140,8 +142,16 @@ _NO_TRAINABLE_PARAMETER = LayerProblem(
 )
 
 
-def check_network(network: nn.Module) -> tuple[LayerProblem, ...]:
+def check_network(
+    network: nn.Module,
+    example: Tensor | None = None,
+    *,
+    explain: Callable[[ClippingExplanation], object] = print,
+) -> tuple[LayerProblem, ...]:
     """Find by type the layers that keep a network from being trained privately.
+
+    With an ``example`` it also tries the clipping of gradients on synthetic rows like it, and prints layer by layer how
+    that is done, and what it costs.
 
     The search does not depend on ``training`` or ``requires_grad`` of the layers: MONAI's trainer calls
     ``network.train()`` in each iteration, which undoes ``layer.eval()``, and a batch norm without trainable
@@ -149,7 +159,9 @@ def check_network(network: nn.Module) -> tuple[LayerProblem, ...]:
     module keeps in a plain list, tuple, dictionary or attribute, where ``modules()`` does not look, are checked too.
 
     Args:
-        network: the network about to be trained. It is neither called nor changed.
+        network: the network about to be trained. It is not changed, and called only where an ``example`` is given.
+        example: (R, ...) inputs; only their number, shape, dtype and device are used.
+        explain: is given the :class:`ClippingExplanation`, where there is an example and no problem.
 
     Returns:
         The problems in the order of ``named_modules``, then those of parameters; empty if none is known. Layers of
@@ -173,6 +185,8 @@ def check_network(network: nn.Module) -> tuple[LayerProblem, ...]:
     ]
     if not any(p.requires_grad for p in network.parameters()):
         problems.append(_NO_TRAINABLE_PARAMETER)
+    if example is not None and not problems:
+        explain(explain_clipping(network, example))
     return tuple(problems)
 
 

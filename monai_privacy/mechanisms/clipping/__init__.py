@@ -19,9 +19,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from monai_privacy.mechanisms.clipping.clipper import ClippingMethod, GradientClipper
+from monai_privacy.mechanisms.clipping.explanation import ClippingExplanation, LayerCost, explain_clipping
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 
-__all__ = ["ClippedGradientSum", "ClippingMethod", "GradientClipper", "clipped_gradient_sum"]
+__all__ = [
+    "ClippedGradientSum",
+    "ClippingExplanation",
+    "ClippingMethod",
+    "GradientClipper",
+    "LayerCost",
+    "clipped_gradient_sum",
+    "explain_clipping",
+]
 
 
 def clipped_gradient_sum(

@@ -74,11 +74,6 @@ class MethodChooser:
     def __init__(self) -> None:
         self._choices: dict[tuple[object, ...], Choice] = {}
 
-    @property
-    def choices(self) -> dict[tuple[object, ...], Choice]:
-        """By number of the use and signature, the newest last."""
-        return dict(self._choices)
-
     def collect(
         self,
         number: int,
@@ -88,8 +83,8 @@ class MethodChooser:
         units: Units,
         budget: MemoryBudget,
         device: torch.device,
-    ) -> Material:
-        """Collect by the method that is known to be the fastest for this use, or find it.
+    ) -> tuple[Material, str]:
+        """Collect by the method that is known to be the fastest for this use, or find it; also return its name.
 
         Args:
             number: the use in the pass: two layers of one shape have not the same memory left.
@@ -112,7 +107,7 @@ class MethodChooser:
             ]
             material, self._choices[key] = _fastest(admitted, collect, units, device)
         budget.hold(material.nbytes)
-        return material
+        return material, self._choices[key].method
 
 
 def _fastest(

@@ -23,7 +23,7 @@ from monai_privacy.mechanisms.clipping.choosing import MethodChooser
 from monai_privacy.mechanisms.clipping.chunk import Chunk, chunks
 from monai_privacy.mechanisms.clipping.interception import Key
 from monai_privacy.mechanisms.clipping.microbatch import microbatch_sum
-from monai_privacy.mechanisms.clipping.one_pass import NotSeenError, one_pass_sum
+from monai_privacy.mechanisms.clipping.one_pass import NotSeenError, UseCost, one_pass_sum
 from monai_privacy.mechanisms.clipping.opacus_hooks import opacus_sum
 from monai_privacy.mechanisms.clipping.ownership import find_fault
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
@@ -33,6 +33,7 @@ from monai_privacy.mechanisms.probe import require_independent_rows
 ClippingMethod = Literal["auto", "one_pass", "microbatch", "opacus"]
 Forward = Callable[[Tensor, Tensor], Any]
 Observe = Callable[[Any, Tensor], None]
+Meter = Callable[[UseCost], None]
 _METHODS = ("auto", "one_pass", "microbatch", "opacus")
 
 
@@ -77,6 +78,11 @@ class GradientClipper:
         """Why patients went through the network one at a time; empty where they never did."""
         return tuple(dict.fromkeys(self._faults.values()))
 
+    @property
+    def names(self) -> list[str]:
+        """The parameters' names, in their order."""
+        return self._names(self._parameters())
+
     def __call__(
         self,
         batch: tuple[Tensor, Tensor],
@@ -87,13 +93,14 @@ class GradientClipper:
         max_physical_batch_size: int | None = None,
         forward: Forward | None = None,
         observe: Observe | None = None,
+        meter: Meter | None = None,
     ) -> ClippedGradientSum:
-        """See :func:`clipped_gradient_sum`."""
+        """See :func:`clipped_gradient_sum`; ``meter`` is told what each layer cost in the fast method."""
         parameters = self._parameters()
         call: Forward = (lambda inputs, rows: self._network(inputs)) if forward is None else forward
         total: ClippedGradientSum | None = None
         for chunk in chunks(batch, patient_index, row_weights, max_physical_batch_size):
-            result = self._sum(call, chunk, parameters, max_grad_norm, max_physical_batch_size, observe)
+            result = self._sum(call, chunk, parameters, max_grad_norm, max_physical_batch_size, observe, meter)
             total = result if total is None else total + result
         return ClippedGradientSum.nothing(parameters, 0, batch[0].device) if total is None else total
 
@@ -105,6 +112,7 @@ class GradientClipper:
         max_grad_norm: float,
         max_rows: int | None,
         observe: Observe | None,
+        meter: Meter | None,
     ) -> ClippedGradientSum:
         if self._method == "opacus":
             self._require_independent_rows(forward, chunk)
@@ -135,6 +143,7 @@ class GradientClipper:
                     chooser=self._chooser,
                     require_owned=lambda key: self._require_owned(key, forward, chunk, parameters),
                     observe=observe,
+                    meter=meter,
                 )
             except NotSeenError as error:
                 unheard = error.parameter

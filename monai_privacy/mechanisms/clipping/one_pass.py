@@ -13,7 +13,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +29,23 @@ from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 from monai_privacy.mechanisms.clipping.units import Units
 from monai_privacy.mechanisms.losses import RowLoss
+
+
+@dataclass(frozen=True)
+class UseCost:
+    """What one use of trained parameters cost in a backward pass.
+
+    Args:
+        use: the use.
+        method: how the norms of the weight were found; "rows" where the operation gives them by itself.
+        seconds: its backward pass and norms.
+        nbytes: memory held until the clip factors were known.
+    """
+
+    use: Use
+    method: str
+    seconds: float
+    nbytes: int
 
 
 class NotSeenError(Exception):
@@ -52,6 +71,7 @@ def one_pass_sum(
     chooser: MethodChooser,
     require_owned: Callable[[tuple[Key, ...] | None], None],
     observe: Callable[[Any, Tensor], None] | None = None,
+    meter: Callable[[UseCost], None] | None = None,
 ) -> ClippedGradientSum:
     """Clip and sum the gradients of a chunk.
 
@@ -64,12 +84,13 @@ def one_pass_sum(
         chooser: remembers methods.
         require_owned: raises ``NotSeenError`` where the rows of what was called do not belong to the batch's rows.
         observe: is shown what the network gave, and its rows, where the pass succeeded.
+        meter: is told the cost of each use; waits for a GPU.
 
     Raises:
         NotSeenError: where the gradients cannot be had this way; nothing was changed.
     """
     units = chunk.units
-    listener = _Collector(units, chooser)
+    listener = _Collector(units, chooser, meter)
     mode = Interception(parameters, listener)
     with mode:
         outputs = forward(chunk.inputs, chunk.rows)
@@ -124,9 +145,10 @@ def summed(
 class _Collector(Listener):
     """Collects the materials of each parameter during the backward pass."""
 
-    def __init__(self, units: Units, chooser: MethodChooser) -> None:
+    def __init__(self, units: Units, chooser: MethodChooser, meter: Callable[[UseCost], None] | None) -> None:
         self._units = units
         self._chooser = chooser
+        self._meter = meter
         self.materials: dict[int, list[Material]] = {}
 
     def begin(self, heard: Pass) -> None:
@@ -154,17 +176,33 @@ class _Collector(Listener):
         )
         units = self._units.times(use.rows // self._units.rows)
 
+        chosen = "rows"
+
         def choose(
             signature: tuple[object, ...],
             methods: Callable[[], Sequence[NormMethod]],
             collect: Callable[[str], Material],
         ) -> Material:
-            return self._chooser.collect(use.number, signature, methods, collect, units, self._budget, x.device)
+            nonlocal chosen
+            material, chosen = self._chooser.collect(
+                use.number, signature, methods, collect, units, self._budget, x.device
+            )
+            return material
 
+        start = self._now(x.device)
         found = use.operation.backward(x, weight, bias, extra, gradient, units, wanted, choose)
         # Plain training has freed the input by now, and holds the gradients of these parameters.
         self._budget.free(x.nbytes + sum(p.nbytes for p in (weight, bias) if p is not None))
-        for at, material in ((use.weight, found.weight), (use.bias, found.bias)):
-            if at is not None and material is not None:
-                self.materials.setdefault(at, []).append(material)
+        materials = [(use.weight, found.weight), (use.bias, found.bias)]
+        heard = [(at, material) for at, material in materials if at is not None and material is not None]
+        for at, material in heard:
+            self.materials.setdefault(at, []).append(material)
+        if self._meter is not None:
+            nbytes = sum(material.nbytes for _, material in heard)
+            self._meter(UseCost(use, chosen, self._now(x.device) - start, nbytes))
         return found.input
+
+    def _now(self, device: torch.device) -> float:
+        if self._meter is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
