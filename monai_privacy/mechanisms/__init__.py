@@ -13,12 +13,13 @@
 
 from __future__ import annotations
 
-from monai_privacy.mechanisms.clipping import ClippedGradientSum, clipped_gradient_sum
+from monai_privacy.mechanisms.clipping import ClippedGradientSum, GradientClipper, clipped_gradient_sum
 from monai_privacy.mechanisms.losses import RowLoss
 from monai_privacy.mechanisms.noise import InsecureNoise, NoiseSource, SystemNoise
 
 __all__ = [
     "ClippedGradientSum",
+    "GradientClipper",
     "InsecureNoise",
     "NoiseSource",
     "RowLoss",

@@ -37,12 +37,10 @@ class Choice:
     Args:
         method: its name.
         seconds: what it took, the forming of the clipped sum included; 0 where it was not measured.
-        nbytes: memory that it keeps until the clip factors are known.
     """
 
     method: str
     seconds: float
-    nbytes: int
 
 
 class MemoryBudget:
@@ -96,51 +94,46 @@ class MethodChooser:
             device: where it runs.
         """
         key = (number, signature, units.rows.bit_length(), units.number.bit_length(), units.equal is None)
-        known = self._choices.get(key)
-        if known is not None:
-            material = collect(known.method)
-        else:
+        if key not in self._choices:
             candidates = methods()
             # Where nothing fits, the one that holds least.
             admitted = [method for method in candidates if budget.admits(method)] or [
                 min(candidates, key=lambda method: method.held + method.temporary)
             ]
-            material, self._choices[key] = _fastest(admitted, collect, units, device)
+            self._choices[key] = _fastest(admitted, collect, units, device)
+        method = self._choices[key].method
+        material = collect(method)
         budget.hold(material.nbytes)
-        return material, self._choices[key].method
+        return material, method
 
 
 def _fastest(
     methods: Sequence[NormMethod], collect: Callable[[str], Material], units: Units, device: torch.device
-) -> tuple[Material, Choice]:
+) -> Choice:
     by_estimate = sorted(methods, key=lambda method: method.arithmetic)
     if len(methods) == 1 or torch.are_deterministic_algorithms_enabled():
         # Not by time, which would not repeat: the methods' roundings differ.
-        material = collect(by_estimate[0].name)
-        return material, Choice(by_estimate[0].name, 0.0, material.nbytes)
-    best: tuple[float, Material, str] | None = None
-    for name in (method.name for method in by_estimate):
-        seconds, material = _timed(collect, name, units, device)
-        if best is None or seconds < _CLEARLY_SLOWER * best[0]:
-            again, material = _timed(collect, name, units, device)
-            seconds = min(seconds, again)
-        if best is None or seconds < best[0]:
-            best = (seconds, material, name)
-        del material
-    assert best is not None
-    seconds, material, name = best
-    return material, Choice(name, seconds, material.nbytes)
+        return Choice(by_estimate[0].name, 0.0)
+    best = Choice(by_estimate[0].name, _seconds(collect, by_estimate[0].name, units, device))
+    best = Choice(best.method, min(best.seconds, _seconds(collect, best.method, units, device)))
+    for name in (method.name for method in by_estimate[1:]):
+        seconds = _seconds(collect, name, units, device)
+        if seconds < _CLEARLY_SLOWER * best.seconds:
+            seconds = min(seconds, _seconds(collect, name, units, device))
+        if seconds < best.seconds:
+            best = Choice(name, seconds)
+    return best
 
 
-def _timed(collect: Callable[[str], Material], name: str, units: Units, device: torch.device) -> tuple[float, Material]:
+def _seconds(collect: Callable[[str], Material], name: str, units: Units, device: torch.device) -> float:
+    """What a method takes, the forming of the clipped sum included; its result goes at once, to leave the memory."""
     ones = torch.ones(units.number, dtype=torch.float64, device=device)
     finite = torch.ones(units.number, dtype=torch.bool, device=device)
     _wait(device)
     start = time.perf_counter()
-    material = collect(name)
-    material.weighted_sum(ones, finite)
+    collect(name).weighted_sum(ones, finite)
     _wait(device)
-    return time.perf_counter() - start, material
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -127,9 +127,9 @@ class GradientClipper:
                 observe=observe,
             )
         case = (self._network.training, chunk.inputs.shape[1:], chunk.inputs.dtype)
-        if case not in self._cases:
+        if self._method != "microbatch" and case not in self._cases:
             self._cases.add(case)
-            if reason := _is_opaque(self._network):
+            if reason := _is_opaque(self._network) or self._probe(forward, chunk, parameters):
                 self._faults[case] = reason
         too_many = max_rows is not None and len(chunk.rows) > max_rows
         if self._method != "microbatch" and case not in self._faults and not too_many:
@@ -141,7 +141,7 @@ class GradientClipper:
                     parameters,
                     max_grad_norm,
                     chooser=self._chooser,
-                    require_owned=lambda key: self._require_owned(key, forward, chunk, parameters),
+                    require_owned=self._require_owned,
                     observe=observe,
                     meter=meter,
                 )
@@ -157,19 +157,19 @@ class GradientClipper:
             forward, self._row_loss, chunk, parameters, max_grad_norm, max_rows=max_rows, observe=observe
         )
 
-    def _require_owned(
-        self,
-        key: tuple[Key, ...] | None,
-        forward: Forward,
-        chunk: Chunk,
-        parameters: list[nn.Parameter],
-    ) -> None:
-        if key not in self._probed:
-            row_losses = self._row_losses(forward, chunk)
-            found, fault = find_fault(parameters, self._names(parameters), row_losses, chunk.inputs, chunk.targets)
-            self._probed[found] = fault
-        fault = self._probed.get(key, "what the network calls depends on what it sees")
-        if fault:
+    def _probe(self, forward: Forward, chunk: Chunk, parameters: list[nn.Parameter]) -> str:
+        """Why synthetic rows of this shape cannot be told apart; empty if they can."""
+        # Before the batch itself: beside its graph the probe's would not fit where memory is scarce.
+        row_losses = self._row_losses(forward, chunk)
+        try:
+            key, fault = find_fault(parameters, self._names(parameters), row_losses, chunk.inputs, chunk.targets)
+        except Exception as error:  # whatever a network may raise; if it does so for patients too, that will be seen
+            return f"synthetic rows could not be tried: {error}"
+        self._probed[key] = fault
+        return fault
+
+    def _require_owned(self, key: tuple[Key, ...] | None) -> None:
+        if fault := self._probed.get(key, "what the network calls depends on what it sees"):
             raise NotSeenError(fault)
 
     def _require_independent_rows(self, forward: Forward, chunk: Chunk) -> None:

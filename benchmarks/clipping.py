@@ -1,0 +1,236 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Time and memory of one private training step, as ratios to plain training, with every contender in one run.
+
+    python -m benchmarks.clipping
+
+Writes results/clipping_<device>.json and prints the table. How the numbers come about:
+
+- A step is everything between two batches: forward, backward, clipping, noise, the optimizer's step.
+- The contenders take turns in one process; the first round is not counted (ours measures its methods then). A ratio is
+  that of the medians.
+- Memory is the peak of the process above the loaded network, each contender in a process of its own; on a GPU, the
+  device's own peak.
+- Batch norm is group norm in every contender. Opacus gets a copy of the network with nothing in place, since its hooks
+  refuse MONAI's networks as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.networks.nets import DenseNet121, resnet18
+from rich.console import Console
+from torch import Tensor, nn
+
+from benchmarks.contenders import CONTENDERS
+from monai_privacy.networks import ResNet9, convert_batch_norm
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _resnet18(spatial_dims: int) -> nn.Module:
+    return convert_batch_norm(resnet18(spatial_dims=spatial_dims, n_input_channels=1, num_classes=2))
+
+
+def _densenet(spatial_dims: int) -> nn.Module:
+    return convert_batch_norm(DenseNet121(spatial_dims=spatial_dims, in_channels=1, out_channels=2))
+
+
+def _only(network: nn.Module, *trained: str) -> nn.Module:
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(any(part in name for part in trained))
+    return network
+
+
+# Name: network, shape of an image, images in a batch.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "ResNet9 224²": (lambda: ResNet9(spatial_dims=2, in_channels=1, out_channels=2), (1, 224, 224), 16),
+    "DenseNet121 224²": (lambda: _densenet(2), (1, 224, 224), 16),
+    "ResNet-18 224²": (lambda: _resnet18(2), (1, 224, 224), 16),
+    "ResNet-18 3D 64³": (lambda: _resnet18(3), (1, 64, 64, 64), 8),
+    "DenseNet121 3D 64³": (lambda: _densenet(3), (1, 64, 64, 64), 8),
+    "ResNet-18 224², head only": (lambda: _only(_resnet18(2), "fc."), (1, 224, 224), 16),
+    "ResNet-18 224², biases only": (lambda: _only(_resnet18(2), "bias"), (1, 224, 224), 16),
+    "ResNet-18 224², norms and head": (lambda: _only(_resnet18(2), "bn", "downsample.1", "fc."), (1, 224, 224), 16),
+    "ResNet-18 224², last stage": (lambda: _only(_resnet18(2), "layer4", "fc."), (1, 224, 224), 16),
+}
+
+
+def batch(shape: Sequence[int], rows: int, device: str) -> tuple[Tensor, Tensor]:
+    """Random images and labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn((rows, *shape), generator=generator)
+    return images.to(device), torch.randint(0, 2, (rows,), generator=generator).to(device)
+
+
+def times(name: str, contenders: Sequence[str], repeats: int, device: str, amp: bool) -> dict[str, list[float] | str]:
+    """Seconds of each step of each contender, in turns; or why a contender could not run."""
+    make, shape, rows = NETWORKS[name]
+    torch.manual_seed(0)
+    network = make().to(device).train()
+    images, labels = batch(shape, rows, device)
+    found: dict[str, list[float] | str] = {}
+    steps = {}
+    for contender in contenders:
+        try:
+            steps[contender] = CONTENDERS[contender](network, images, labels, amp)
+            steps[contender]()
+            found[contender] = []
+        except Exception as error:  # a contender's own limits
+            found[contender] = f"{type(error).__name__}: {str(error)[:100]}"
+            steps.pop(contender, None)
+    for _ in range(repeats):
+        for contender, step in steps.items():
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            seconds = found[contender]
+            assert isinstance(seconds, list)
+            seconds.append(time.perf_counter() - start)
+    return found
+
+
+def memory(name: str, contender: str, device: str, amp: bool) -> float | None:
+    """Peak MB above the loaded network of three steps, in a fresh process; None where the contender cannot run."""
+    # Freed memory goes back to the system at once, so that the peak is what was in use.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (name, contender, device, amp, torch.get_num_threads()))
+
+
+def _peak(name: str, contender: str, device: str, amp: bool, threads: int) -> float | None:
+    torch.set_num_threads(threads)
+    make, shape, rows = NETWORKS[name]
+    torch.manual_seed(0)
+    network = make().to(device).train()
+    images, labels = batch(shape, rows, device)
+    try:
+        # The libraries' own memory is there before the count begins.
+        plain = CONTENDERS["plain"](make().to(device).train(), images[:1], labels[:1], amp)
+        plain()
+        del plain
+        step = CONTENDERS[contender](network, images, labels, amp)
+        before = _reset_peak(device)
+        for _ in range(3):
+            step()
+        return (_read_peak(device) - before) / 2**20
+    except Exception:  # told by the times
+        return None
+
+
+def _reset_peak(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    return _status("VmRSS")
+
+
+def _read_peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+    except OSError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def table(results: dict[str, Any]) -> str:
+    """Ratios of the medians, and of the peaks, to plain training."""
+    contenders = list(dict.fromkeys(c for row in results["rows"].values() for c in row if c != "plain"))
+    lines = ["| | " + " | ".join(contenders) + " |", "|---" * (len(contenders) + 1) + "|"]
+    for name, row in results["rows"].items():
+        lines.append("| " + " | ".join([name, *(_cell(row, contender) for contender in contenders)]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], contender: str) -> str:
+    found, plain = row.get(contender, {}), row["plain"]
+    if not found.get("seconds"):
+        return "–"
+    text = f"{statistics.median(found['seconds']) / statistics.median(plain['seconds']):.2f}"
+    if found.get("megabytes") and plain.get("megabytes"):
+        text += f" ({found['megabytes'] / plain['megabytes']:.2f})"
+    return text
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", action="store_true", help="bf16 autocast")
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME")
+    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    contenders = ["plain", *(c for c in options.contenders if c != "plain")]
+    output = options.output or RESULTS / f"clipping_{options.device}{'_bf16' if options.amp else ''}.json"
+    results: dict[str, Any] = {
+        "machine": {
+            "device": torch.cuda.get_device_name()
+            if options.device == "cuda"
+            else platform.processor() or platform.machine(),
+            "threads": options.threads,
+            "versions": {name: version(name) for name in ("torch", "monai", "opacus", "monai-privacy")},
+        },
+        "rows": {},
+    }
+    if output.exists():  # a run of some networks leaves the rows of the others
+        results["rows"] = json.loads(output.read_text(encoding="utf-8"))["rows"]
+    console = Console()
+    for name in options.networks:
+        with console.status(f"{name} ..."):
+            row: dict[str, Any] = {}
+            for contender, seconds in times(name, contenders, options.repeats, options.device, options.amp).items():
+                row[contender] = {"seconds": seconds} if isinstance(seconds, list) else {"error": seconds}
+                if isinstance(seconds, list) and not options.no_memory:
+                    row[contender]["megabytes"] = memory(name, contender, options.device, options.amp)
+        results["rows"][name] = row
+        output.parent.mkdir(exist_ok=True)
+        output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        console.print(table({"rows": {name: row}}), soft_wrap=True, highlight=False)
+    console.print(
+        "\ntime of a step over that of plain training (peak memory likewise)\n\n" + table(results), soft_wrap=True
+    )
+
+
+if __name__ == "__main__":
+    main()
