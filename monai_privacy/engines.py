@@ -59,6 +59,8 @@ from monai_privacy.requirements import (
 from monai_privacy.train_statistics import NO_STATISTICS, merged, training_statistics
 
 _ENTRY = "ledger_entry"
+# Calls of the network for fewer pixels than this spend their time in book-keeping.
+_PIXELS = 1 << 19
 
 
 class DPSupervisedTrainer(SupervisedTrainer):
@@ -86,7 +88,9 @@ class DPSupervisedTrainer(SupervisedTrainer):
         loss_function: see ``SupervisedTrainer``; it is called for each row.
         plan: the privacy numbers, calibrated.
         ledger: where each step is recorded before it is released.
-        max_physical_batch_size: most rows in one call of the network; does not change the result.
+        max_physical_batch_size: most rows in one call of the network; does not change the result. Where None, the
+            loader's own batch size, since what fitted into memory without privacy does so with it, and more of images
+            so small that half a million pixels are not reached.
         clipping_method: see ``GradientClipper``.
         patient_key: key of the patient's id in the dataset's records.
         release_train_statistics: let the training loss, predictions and training metrics leave without noise. They are
@@ -167,6 +171,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
         self._patient_key = patient_key
         self._noise: NoiseSource = SystemNoise() if insecure_seed is None else InsecureNoise(insecure_seed)
         self._max_physical_batch_size = max_physical_batch_size
+        self._loader_batch_size = getattr(train_data_loader, "batch_size", None) or 1
         self._clipping_method: ClippingMethod = clipping_method
         self._clipping: tuple[tuple[int, ...], GradientClipper] | None = None
         self._release_train_statistics = release_train_statistics
@@ -262,13 +267,19 @@ class DPSupervisedTrainer(SupervisedTrainer):
             self.plan.max_grad_norm,
             # A mean over a patient's own rows: how many images they have does not scale their gradient.
             row_weights=(1.0 / counts[patient_index]).to(inputs.device),
-            max_physical_batch_size=self._max_physical_batch_size,
+            max_physical_batch_size=self._physical_batch_size(inputs),
             forward=forward,
             observe=observe if self._release_train_statistics else None,
         )
         if predictions:
             statistics.append(training_statistics(self._row_loss, inputs, targets, predictions))
         return result.gradients
+
+    def _physical_batch_size(self, inputs: Tensor) -> int:
+        """Most rows in one call of the network: a draw may be many times as large as what memory holds."""
+        if self._max_physical_batch_size is not None:
+            return self._max_physical_batch_size
+        return max(self._loader_batch_size, _PIXELS // max(1, inputs[0].numel()))
 
     def _clipper(self, parameters: list[nn.Parameter]) -> GradientClipper:
         """The clipper of these parameters: a scheduler that unfreezes layers gets a new one."""

@@ -86,11 +86,16 @@ def epsilon(event: DpEvent, delta: float) -> float:
 
 def epsilon_bounds(event: DpEvent, delta: float) -> EpsilonBounds:
     """Both bounds on ε of ``event`` at ``delta``; see :class:`EpsilonBounds`."""
-    delta = checked_delta(delta)
-    counts = leaves(event)
-    if not counts:
+    return _bounds(tuple(leaves(event).items()), checked_delta(delta))
+
+
+# A report asks for the same numbers several times, and for those of the plan after each epoch.
+@lru_cache(maxsize=256)
+def _bounds(items: tuple[tuple[DpEvent, int], ...], delta: float) -> EpsilonBounds:
+    if not items:
         return EpsilonBounds(delta=delta, pld=0.0, rdp=0.0)
-    by_rdp = rdp_epsilon(event, delta)
+    counts = dict(items)
+    by_rdp = _rdp_epsilon(counts, delta)
     if by_rdp > _LARGE_EPSILON:
         return EpsilonBounds(delta=delta, pld=math.inf, rdp=by_rdp)
     by_pld = _pld_epsilon(counts, delta, _INTERVAL)
@@ -137,8 +142,10 @@ def affordable_steps(step: DpEvent, budget: PrivacyBudget, *, spent: DpEvent | N
 
 def rdp_epsilon(event: DpEvent, delta: float) -> float:
     """The RDP bound alone: looser than :func:`epsilon`, and fast for any parameters."""
-    delta = checked_delta(delta)
-    counts = leaves(event)
+    return _rdp_epsilon(leaves(event), checked_delta(delta))
+
+
+def _rdp_epsilon(counts: dict[DpEvent, int], delta: float) -> float:
     if not counts:
         return 0.0
     total = sum(count * _rdp_curve(leaf) for leaf, count in counts.items())

@@ -211,8 +211,11 @@ def test_a_small_epsilon_is_computed_on_a_fine_grid(monkeypatch: pytest.MonkeyPa
         return real(counts, delta, interval)
 
     monkeypatch.setattr(accountants, "_pld_epsilon", watched)
+    accountants._bounds.cache_clear()
     epsilon(event, 1e-5)
     assert intervals == [1e-4, 1e-5]
+    epsilon(event, 1e-5)
+    assert len(intervals) == 2, "the same question is answered from the cache"
     intervals.clear()
     assert epsilon(dpsgd_event(sample_rate=0.05, noise_multiplier=8.0, steps=100), 1e-5) > 0.1
     assert intervals == [1e-4]

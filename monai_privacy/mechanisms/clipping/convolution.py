@@ -106,6 +106,9 @@ class ConvolutionRule(OperationRule):
             methods.append(NormMethod("grouped", kept, several, one))
         if not self.transposed and self.groups == 1 and set(weight.shape[2:]) == {1} and not any(self.padding):
             methods.append(NormMethod("product", kept, several, one))
+        elif not self.transposed and self.groups == 1:
+            patches = weight[0].numel() * positions * rows * x.element_size()
+            methods.append(NormMethod("unfold", kept, several + patches + x.nbytes, one))
         if gradients_only:
             return methods
         held = x.nbytes + gradient.nbytes
@@ -167,6 +170,15 @@ class ConvolutionRule(OperationRule):
         values = torch.bmm(gradient.flatten(2), seen.transpose(1, 2))
         return UnitGradients(units.sum(wide(values)).reshape(units.number, *weight.shape))
 
+    def _unfold(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+        """The patches side by side, then one matrix product a row: for images so small that a loop costs more."""
+        padding = [p for p in reversed(self.padding) for _ in range(2)]
+        image = functional.pad(x, padding) if any(padding) else x
+        shifts = self._shifts(weight.shape[2:], gradient.shape[2:])
+        patches = torch.stack([image[:, :, *shift] for shift in shifts], 2).flatten(3).flatten(1, 2)
+        values = torch.bmm(gradient.flatten(2), patches.transpose(1, 2))
+        return UnitGradients(units.sum(wide(values)).reshape(units.number, *weight.shape))
+
     def _gram(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
         """Inner products of patches times those of output gradients, summed over pairs of positions.
 
@@ -195,24 +207,25 @@ class ConvolutionRule(OperationRule):
         products = (pixels.transpose(1, 2) @ pixels).view(-1, *shape, *shape)
         size = (units.equal or 1) * math.prod(output.shape[2:])
         shifts = self._shifts(weight.shape[2:], output.shape[2:])
-        patches = products[next(shifts)].clone()
+        first = next(shifts)
+        patches = products[:, :, *first, :, *first].clone()
         for shift in shifts:
-            patches += products[shift]
+            patches += products[:, :, *shift, :, *shift]
         return patches.reshape(-1, size, size)
 
     def _shifts(self, kernel: Size, output: Size) -> Iterator[tuple[slice, ...]]:
-        """For each offset in the kernel, the pixels that the output's positions see through it, twice."""
+        """For each offset in the kernel, the pixels that the output's positions see through it."""
         for offset in itertools.product(*(range(n) for n in kernel)):
-            seen = tuple(
+            yield tuple(
                 slice(at * d, at * d + s * (n - 1) + 1, s)
                 for at, d, s, n in zip(offset, self.dilation, self.stride, output, strict=True)
             )
-            yield (slice(None), slice(None), *seen, slice(None), *seen)
 
     _collectors: ClassVar[dict[str, Callable[..., Material]]] = {
         "loop": _loop,
         "grouped": _grouped,
         "product": _product,
+        "unfold": _unfold,
         "loop, norms": _loop_norms,
         "gram": _gram,
     }
