@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from monai_privacy.data import PoissonPatientSampler, count_patients, poisson_loader
     from monai_privacy.engines import DPSupervisedTrainer
     from monai_privacy.handlers import PrivacyAccountingHandler, PrivacyProgressHandler, PrivacyReportHandler
-    from monai_privacy.mechanisms import clipped_gradient_sum
+    from monai_privacy.mechanisms import GradientClipper, clipped_gradient_sum
     from monai_privacy.networks import ResNet9, check_network, convert_batch_norm
     from monai_privacy.plan import DPSGDPlan
     from monai_privacy.report import PrivacyReport
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 _HOME = {
     "DPSGDPlan": "plan",
     "DPSupervisedTrainer": "engines",
+    "GradientClipper": "mechanisms",
     "LedgerError": "accounting",
     "PoissonPatientSampler": "data",
     "PrivacyAccountingHandler": "handlers",
@@ -61,6 +62,7 @@ _HOME = {
 __all__ = [
     "DPSGDPlan",
     "DPSupervisedTrainer",
+    "GradientClipper",
     "LedgerError",
     "PoissonPatientSampler",
     "PrivacyAccountingHandler",

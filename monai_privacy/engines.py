@@ -286,7 +286,11 @@ class DPSupervisedTrainer(SupervisedTrainer):
         key = tuple(id(parameter) for parameter in parameters)
         if self._clipping is None or self._clipping[0] != key:
             clipper = GradientClipper(
-                self._plain_network, self._row_loss, parameters=parameters, method=self._clipping_method
+                self._plain_network,
+                self._row_loss,
+                parameters=parameters,
+                method=self._clipping_method,
+                repeatable=not self._noise.is_secret,
             )
             self._clipping = (key, clipper)
         return self._clipping[1]

@@ -67,9 +67,15 @@ class MemoryBudget:
 
 
 class MethodChooser:
-    """Remembers the fastest method of each layer; measures where it does not know it."""
+    """Remembers the fastest method of each layer; measures where it does not know it.
 
-    def __init__(self) -> None:
+    Args:
+        measure: False to choose by estimate, so that runs repeat: times do not, and the methods' roundings differ. So
+            it is under ``torch.use_deterministic_algorithms(True)``.
+    """
+
+    def __init__(self, measure: bool = True) -> None:
+        self._measure = measure
         self._choices: dict[tuple[object, ...], Choice] = {}
 
     def collect(
@@ -100,7 +106,10 @@ class MethodChooser:
             admitted = [method for method in candidates if budget.admits(method)] or [
                 min(candidates, key=lambda method: method.held + method.temporary)
             ]
-            self._choices[key] = _fastest(admitted, collect, units, device)
+            measure = self._measure and not torch.are_deterministic_algorithms_enabled()
+            self._choices[key] = (
+                _fastest(admitted, collect, units, device) if measure else Choice(_by_estimate(admitted)[0].name, 0.0)
+            )
         method = self._choices[key].method
         material = collect(method)
         budget.hold(material.nbytes)
@@ -110,10 +119,9 @@ class MethodChooser:
 def _fastest(
     methods: Sequence[NormMethod], collect: Callable[[str], Material], units: Units, device: torch.device
 ) -> Choice:
-    by_estimate = sorted(methods, key=lambda method: method.arithmetic)
-    if len(methods) == 1 or torch.are_deterministic_algorithms_enabled():
-        # Not by time, which would not repeat: the methods' roundings differ.
-        return Choice(by_estimate[0].name, 0.0)
+    by_estimate = _by_estimate(methods)
+    if len(methods) == 1:
+        return Choice(methods[0].name, 0.0)
     best = Choice(by_estimate[0].name, _seconds(collect, by_estimate[0].name, units, device))
     best = Choice(best.method, min(best.seconds, _seconds(collect, best.method, units, device)))
     for name in (method.name for method in by_estimate[1:]):
@@ -123,6 +131,10 @@ def _fastest(
         if seconds < best.seconds:
             best = Choice(name, seconds)
     return best
+
+
+def _by_estimate(methods: Sequence[NormMethod]) -> list[NormMethod]:
+    return sorted(methods, key=lambda method: method.arithmetic)
 
 
 def _seconds(collect: Callable[[str], Material], name: str, units: Units, device: torch.device) -> float:

@@ -52,6 +52,7 @@ class GradientClipper:
         parameters: what to differentiate; the network's trainable parameters where None.
         method: "auto"; "microbatch" for one patient at a time; "one_pass" to raise where that would be needed; "opacus"
             for Opacus's per-sample gradients, where they exist and add up.
+        repeatable: choose the fast method's arithmetic by estimate and not by time, so that runs agree to the last bit.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class GradientClipper:
         *,
         parameters: Sequence[nn.Parameter] | None = None,
         method: ClippingMethod = "auto",
+        repeatable: bool = False,
     ) -> None:
         if method not in _METHODS:
             raise ValueError(f"method is {method!r}, which is not known. Use one of {', '.join(_METHODS)}.")
@@ -68,7 +70,7 @@ class GradientClipper:
         self._row_loss = loss_function if isinstance(loss_function, RowLoss) else RowLoss(loss_function)
         self._given = None if parameters is None else list(parameters)
         self._method = method
-        self._chooser = MethodChooser()
+        self._chooser = MethodChooser(measure=not repeatable)
         self._probed: dict[tuple[Key, ...] | None, str] = {}
         self._cases: set[object] = set()
         self._faults: dict[object, str] = {}
