@@ -70,13 +70,16 @@ class RowLoss:
         return torch.stack([value.reshape(-1).mean() for value in values])
 
 
-def _unreduced(loss_function: Callable[..., Any]) -> Callable[..., Any]:
+def _unreduced(loss_function: Any) -> Any:
     # The caller's loss stays as it was: validation may use the same object.
     loss = copy.deepcopy(loss_function)
     parts = loss.modules() if isinstance(loss, nn.Module) else [loss]
     for part in parts:  # combined losses (MONAI's DiceCELoss, FocalLoss, ...) hold others
         if hasattr(part, "reduction"):
             part.reduction = "none"
+        # MONAI's overlap losses over the whole batch: they give one number a class, which may look like one a row.
+        if getattr(part, "batch", None) is True and hasattr(part, "reduction"):
+            part.batch = False
     return loss
 
 

@@ -72,6 +72,7 @@ class GradientClipper:
         self._method = method
         self._chooser = MethodChooser(measure=not repeatable)
         self._probed: dict[tuple[Key, ...] | None, str] = {}
+        self._trained: tuple[int, ...] = ()
         self._cases: set[object] = set()
         self._faults: dict[object, str] = {}
 
@@ -99,12 +100,21 @@ class GradientClipper:
     ) -> ClippedGradientSum:
         """See :func:`clipped_gradient_sum`; ``meter`` is told what each layer cost in the fast method."""
         parameters = self._parameters()
+        self._forget_unless(tuple(id(parameter) for parameter in parameters))
         call: Forward = (lambda inputs, rows: self._network(inputs)) if forward is None else forward
         total: ClippedGradientSum | None = None
         for chunk in chunks(batch, patient_index, row_weights, max_physical_batch_size):
             result = self._sum(call, chunk, parameters, max_grad_norm, max_physical_batch_size, observe, meter)
             total = result if total is None else total + result
         return ClippedGradientSum.nothing(parameters, 0, batch[0].device) if total is None else total
+
+    def _forget_unless(self, trained: tuple[int, ...]) -> None:
+        """What was learnt holds for the parameters that were trained then."""
+        if self._trained != trained:
+            self._trained = trained
+            self._cases.clear()
+            self._probed.clear()
+            self._faults.clear()
 
     def _sum(
         self,

@@ -49,6 +49,7 @@ class ConvolutionRule(OperationRule):
     transposed: bool = False
     output_padding: Size = ()
     lower_precision = True
+    reads_input = False
 
     @property
     def name(self) -> str:  # type: ignore[override]

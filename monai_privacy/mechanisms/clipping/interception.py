@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 from monai_privacy.mechanisms.clipping.calls import Call, read_call
@@ -126,7 +127,11 @@ class Interception(TorchFunctionMode):
         # Checkpointed parts are run again inside of the backward pass: those calls are no further uses.
         self._replaying = True
         try:
-            found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=retain_graph)
+            # Not torch.autograd.grad: as a torch function it takes the mode off, and those calls would not be heard.
+            with self:
+                found = _engine_run_backward(
+                    (loss,), (torch.ones_like(loss),), retain_graph, False, tuple(parameters), True, False
+                )
         finally:
             self._replaying = False
         return [at for at, gradient in enumerate(found) if gradient is not None]
@@ -176,6 +181,9 @@ class _Heard(torch.autograd.Function):
         with _as_they_are(x):
             y, extra = use.operation.run(x, *lowered)
         ctx.use, ctx.listener = use, listener
+        if use.weight is None and not use.operation.reads_input:
+            # As torch does: what may be changed in place afterwards is not kept where nobody asks for it.
+            x = x.new_empty(1).expand(x.shape)
         ctx.save_for_backward(x, weight, bias, *extra)
         ctx.set_materialize_grads(False)
         return y
@@ -185,9 +193,9 @@ class _Heard(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         if gradient is None:
             return (None,) * 5
-        x, weight, bias, *extra = ctx.saved_tensors
+        x, weight, bias, *extra = ctx.saved_tensors  # may run a checkpointed part again, which is heard
         lowered = [w.to(x.dtype) if w is not None and ctx.use.operation.lower_precision else w for w in (weight, bias)]
-        with _as_they_are(x):
+        with torch._C.DisableTorchFunction(), _as_they_are(x):
             found = ctx.listener.heard(ctx.use, x, *lowered, tuple(extra), gradient, ctx.needs_input_grad[2])
         return None, None, found, None, None
 

@@ -33,6 +33,7 @@ class LinearRule(OperationRule):
 
     name = "linear"
     lower_precision = True
+    reads_input = False
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See the base class."""

@@ -24,6 +24,8 @@ from torch import Tensor
 
 # A float32 norm of a million elements is 4e-5 low on the CPU; in chunks of this many it is right to 1e-7.
 _CHUNK = 4096
+# Near 1e-38 float32 has few digits left, and a product with such a factor would not be what the norm says.
+_SMALLEST_FACTOR = 1e-30
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,12 @@ def bundled(materials: Mapping[int, Material]) -> tuple[dict[int, Material], dic
 
 
 def clip_factors(materials: Iterable[Material], max_grad_norm: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms before clipping, factors min(1, C/norm), and whether the norm is finite, (P,) each."""
+    """Norms before clipping, factors min(1, C/norm), and whether the unit counts, (P,) each.
+
+    A unit whose norm is not finite, or so large that the factor has lost digits in float32, does not count.
+    """
     squares = torch.stack([material.squared_norms() for material in materials]).sum(0)
     norms = squares.sqrt()
-    finite = torch.isfinite(norms)
     factors = (max_grad_norm / norms.clamp(min=1e-300)).clamp(max=1.0)
-    return norms, torch.where(finite, factors, 0.0), finite
+    counts = torch.isfinite(norms) & (factors > _SMALLEST_FACTOR)
+    return norms, torch.where(counts, factors, 0.0), counts

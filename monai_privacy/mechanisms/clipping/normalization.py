@@ -54,8 +54,9 @@ class GroupNormRule(OperationRule):
         mean, rstd = extra
         rows, channels, positions = len(x), x.shape[1], math.prod(x.shape[2:])
         grad_x, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(
-            gradient.reshape(1, rows * channels, positions),
-            x.reshape(1, rows * channels, positions),
+            # The kernel reads memory in order, whatever the strides say.
+            gradient.reshape(1, rows * channels, positions).contiguous(),
+            x.reshape(1, rows * channels, positions).contiguous(),
             mean.reshape(1, -1),
             rstd.reshape(1, -1),
             None if weight is None else weight.repeat(rows),

@@ -100,8 +100,7 @@ def one_pass_sum(
         return ClippedGradientSum.nothing(parameters, units.number, loss.device)
     require_owned(mode.heard.key(units.rows))
     listener.begin(mode.heard)
-    with mode:
-        unheard = mode.gradients(loss, parameters)
+    unheard = mode.gradients(loss, parameters)
     if unheard:
         raise NotSeenError("a parameter is used by an operation without a rule", unheard[0])
     if observe is not None:

@@ -89,6 +89,8 @@ class OperationRule(ABC):
     name: str
     # Under autocast, the dtype policy of torch: these run in the lower precision.
     lower_precision: bool = False
+    # Whether the backward pass reads the input even where the weight is not trained.
+    reads_input: bool = True
 
     @abstractmethod
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:

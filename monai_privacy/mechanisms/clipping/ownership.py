@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,27 +25,35 @@ from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.units import Units
 from monai_privacy.mechanisms.probe import synthetic_rows, synthetic_targets
 
-_ROWS = 3
+_FEWEST_ROWS = 3
+_MOST_ROWS = 32
+_TOLERANCE = 1e-5
 
 
 class OwnershipProbe(Listener):
-    """Notes, for each use, to which rows of its output the loss of one row of the batch sends a gradient.
+    """Notes of each use what its input rows are, and the gradients that its output rows receive.
 
     The weights are replaced by random ones: a layer that starts at zero (a new head, LoRA) would stop the gradient.
     """
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(0)
+        self._values: dict[int, Tensor] = {}
         self.touched: dict[int, Tensor] = {}
+        self.seen: dict[int, Tensor] = {}
 
     def weights(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """See the base class."""
         weight = call.weight
         if weight is None:
             return None, call.bias
-        noise = torch.randn(weight.shape, generator=self._generator, dtype=weight.dtype).to(weight.device)
-        fan_in = max(1, weight[0].numel()) if weight.dim() > 1 else 1
-        value = noise / fan_in**0.5 if weight.dim() > 1 else 1 + 0.1 * noise
+        value = self._values.get(id(weight))
+        if value is None:
+            noise = torch.randn(weight.shape, generator=self._generator, dtype=weight.dtype).to(weight.device)
+            fan_in = max(1, weight[0].numel()) if weight.dim() > 1 else 1
+            value = noise / fan_in**0.5 if weight.dim() > 1 else 1 + 0.1 * noise
+            # A checkpointed part that is run again must find the same weights.
+            self._values[id(weight)] = value
         # Still a function of the parameter, so that the backward pass comes through here.
         return weight + (value - weight).detach(), call.bias
 
@@ -60,9 +68,18 @@ class OwnershipProbe(Listener):
         wants_input: bool,
     ) -> Tensor | None:
         """See the base class."""
-        self.touched[use.number] = (gradient != 0).flatten(1).any(1).cpu()
+        self.touched[use.number] = (gradient != 0).reshape(len(gradient), -1).any(1).cpu()
+        looked_at = [gradient] if use.weight is None and not use.operation.reads_input else [gradient, x]
+        self.seen[use.number] = torch.stack([_summary(values) for values in looked_at], 1).cpu()
         wanted = Wanted(input=wants_input, weight=False, bias=False)
         return use.operation.backward(x, weight, bias, extra, gradient, Units((1,) * len(x)), wanted, _never).input
+
+
+def _summary(values: Tensor) -> Tensor:
+    """(R, ...) to (R, 2): two sums that hardly ever agree where the rows do not."""
+    flat = values.detach().double().reshape(len(values), -1)
+    ramp = torch.linspace(0.5, 1.5, flat.shape[1], dtype=torch.float64, device=flat.device)
+    return torch.stack([flat.abs() @ ramp, flat @ ramp], 1)
 
 
 def find_fault(
@@ -75,46 +92,93 @@ def find_fault(
     """Ask whether each row of each use belongs to one row of the batch, in the order of the batch.
 
     A layer may see m rows for each row of the batch (slices, windows, instances of a bag): rows m i to m (i + 1) are
-    then those of row i. Exact zeros are asked for, not small numbers: autograd sends nothing where nothing depends.
+    then those of row i. Two things are asked for:
+
+    - The loss of row i sends a gradient to its own rows alone: exact zeros elsewhere, not small numbers.
+    - What the other rows of each use are, and what gradients they receive, does not change with row i.
+
+    No probe can find a network that mixes rows only where it sees what the probe did not show.
 
     Args:
         parameters: the trained parameters.
         names: their names.
         row_losses: (R, ...) inputs and (R, ...) targets to (R,) losses.
-        inputs: any batch of at least one row; only its shape, dtype and device are used.
+        inputs: any batch of at least one row; only its shape, dtype and device are used, and up to 32 rows.
         targets: likewise.
 
     Returns:
         What was called on what (see ``Pass.key``), and why gradients cannot be told apart by rows; empty if they can.
     """
+    rows = max(_FEWEST_ROWS, min(_MOST_ROWS, len(inputs)))
+    first_targets = synthetic_targets(targets, rows)
+    probe, mode, losses = _run(parameters, row_losses, synthetic_rows(inputs, rows), first_targets)
+    key = mode.heard.key(rows)
+    if key is None:
+        return None, "a layer sees a number of rows that is no multiple of the batch's"
+    reached = torch.zeros(len(mode.heard.uses), dtype=torch.bool)
+    for row in (0, rows // 2, rows - 1):
+        probe.touched.clear()
+        unheard = mode.gradients(losses[row], parameters, retain_graph=True)
+        if unheard:
+            return key, f"{names[unheard[0]]} is used by an operation without a rule"
+        for number, touched in probe.touched.items():
+            own = touched.unflatten(0, (rows, -1))
+            if own.sum() > own[row].sum():
+                return key, _mixes(mode.heard.uses[number], names)
+            reached[number] |= bool(own[row].any())
+    if not bool(reached.all()):
+        use = mode.heard.uses[int((~reached).nonzero()[0])]
+        return key, f"{use.operation.name} of {names[use.parameters[0]]} received no gradient from synthetic rows"
+    mode.gradients(losses.sum(), parameters)
+    for changed_inputs, changed_targets in _with_another_first_row(inputs, first_targets, rows):
+        try:
+            other, other_mode, other_losses = _run(parameters, row_losses, changed_inputs, changed_targets)
+        except (IndexError, RuntimeError):  # a label or a word that is not taken here: no evidence either way
+            continue
+        if other_mode.heard.key(rows) != key:
+            return key, "what the network calls depends on what it sees"
+        other_mode.gradients(other_losses.sum(), parameters)
+        for number, seen in probe.seen.items():
+            if not _same_but_first(seen.unflatten(0, (rows, -1)), other.seen[number].unflatten(0, (rows, -1))):
+                return key, _mixes(mode.heard.uses[number], names)
+    return key, ""
+
+
+def _run(
+    parameters: Sequence[nn.Parameter],
+    row_losses: Callable[[Tensor, Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+) -> tuple[OwnershipProbe, Interception, Tensor]:
     probe = OwnershipProbe()
     mode = Interception(parameters, probe)
-    devices = [inputs.device] if inputs.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    # Dropout falls alike in each run; outside the fork the user's random state does not move.
+    with torch.random.fork_rng(devices=[inputs.device] if inputs.device.type == "cuda" else []):
         torch.manual_seed(0)
         with mode:
-            losses = row_losses(synthetic_rows(inputs, _ROWS), synthetic_targets(targets, _ROWS))
-        key = mode.heard.key(_ROWS)
-        if key is None:
-            return None, "a layer sees a number of rows that is no multiple of the batch's"
-        seen = torch.zeros(len(mode.heard.uses), dtype=torch.bool)
-        for row in range(_ROWS):
-            probe.touched.clear()
-            with mode:
-                unheard = mode.gradients(losses[row], parameters, retain_graph=row < _ROWS - 1)
-            if unheard:
-                return key, f"{names[unheard[0]]} is used by an operation without a rule"
-            for number, touched in probe.touched.items():
-                own = touched.unflatten(0, (_ROWS, -1))
-                others = own.sum() - own[row].sum()
-                use = mode.heard.uses[number]
-                if others:
-                    return key, f"{use.operation.name} of {names[use.parameters[0]]} mixes the rows of the batch"
-                seen[number] |= bool(own[row].any())
-    if not bool(seen.all()):
-        use = mode.heard.uses[int((~seen).nonzero()[0])]
-        return key, f"{use.operation.name} of {names[use.parameters[0]]} received no gradient from synthetic rows"
-    return key, ""
+            losses = row_losses(inputs, targets)
+    return probe, mode, losses
+
+
+def _with_another_first_row(inputs: Tensor, targets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches whose first row alone is another: larger, shifted either way, and of another label."""
+    for factor, shift in ((3.0, 1.0), (-2.0, -1.0)):
+        changed = synthetic_rows(inputs, rows)
+        changed[0] = changed[0] * factor + shift if changed.is_floating_point() else 1 - changed[0]
+        yield changed, targets
+    relabelled = targets.clone()
+    relabelled[0] = 1 - relabelled[0] if relabelled.dtype != torch.bool else ~relabelled[0]
+    yield synthetic_rows(inputs, rows), relabelled
+
+
+def _same_but_first(one: Tensor, other: Tensor) -> bool:
+    """Whether all rows but the first have the same sums, up to the rounding of kernels that divide work anew."""
+    scale = one[1:].abs().amax((0, 1), keepdim=True)
+    return bool(((one[1:] - other[1:]).abs() <= _TOLERANCE * scale).all())
+
+
+def _mixes(use: Use, names: Sequence[str]) -> str:
+    return f"{use.operation.name} of {names[use.parameters[0]]} sees rows that depend on several rows of the batch"
 
 
 def _never(
