@@ -33,8 +33,8 @@ class RowLoss:
         loss_function: ``loss_function(outputs, targets)``. It is not changed.
 
     Raises:
-        ValueError: where a class-weighted loss cannot be had per row, since calling it row by row would cancel its
-            weights without a word.
+        ValueError: for losses that pool the batch, and where a class-weighted loss cannot be had per row, since calling
+            it row by row would cancel its weights without a word.
     """
 
     def __init__(self, loss_function: Callable[..., Any]) -> None:
@@ -77,9 +77,12 @@ def _unreduced(loss_function: Any) -> Any:
     for part in parts:  # combined losses (MONAI's DiceCELoss, FocalLoss, ...) hold others
         if hasattr(part, "reduction"):
             part.reduction = "none"
-        # MONAI's overlap losses over the whole batch: they give one number a class, which may look like one a row.
+        # MONAI's overlap losses over the whole batch give one number a class, which may look like one a row.
         if getattr(part, "batch", None) is True and hasattr(part, "reduction"):
-            part.batch = False
+            raise ValueError(
+                f"{type(part).__name__}(batch=True) pools the rows of a batch, so it mixes patients and clipping would "
+                "bound nothing. Pass batch=False."
+            )
     return loss
 
 

@@ -37,16 +37,16 @@ def require_independent_rows(row_losses: Callable[[Tensor, Tensor], Tensor], inp
     with torch.no_grad():
         base_inputs, base_targets = synthetic_rows(inputs, _ROWS), synthetic_targets(targets, _ROWS)
         expected = _repeatable(row_losses, base_inputs, base_targets)
-        for changed_inputs, changed_targets in _perturbed(base_inputs, base_targets):
+        for row, changed_inputs, changed_targets in _perturbed(base_inputs, base_targets):
             try:
                 found = _repeatable(row_losses, changed_inputs, changed_targets)
             except (IndexError, RuntimeError):  # a label that this loss does not take: no evidence either way
                 continue
-            scale = expected[1:].abs().max().clamp(min=1.0)
-            if not torch.allclose(
-                found[1:], expected[1:], rtol=_TOLERANCE, atol=_TOLERANCE * float(scale), equal_nan=True
-            ):
-                gap = float((found[1:] - expected[1:]).abs().max())
+            others = torch.arange(_ROWS, device=found.device) != row
+            before, after = expected[others], found[others]
+            scale = before.abs().max().clamp(min=1.0)
+            if not torch.allclose(after, before, rtol=_TOLERANCE, atol=_TOLERANCE * float(scale), equal_nan=True):
+                gap = float((after - before).abs().max())
                 raise ValueError(
                     f"changing one row changed the loss of another by {gap:.2g}: the network or the loss mixes patients, "
                     "so clipping would bound nothing. Remove what works across the batch (batch norm, a normaliser over "
@@ -69,14 +69,18 @@ def synthetic_targets(like: Tensor, rows: int) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1)).expand(rows, *like.shape[1:]).clone().to(like)
 
 
-def _perturbed(inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    changed = inputs.clone()
-    changed[0] = changed[0] * 3 + 1
-    yield changed, targets.clone()
-    for label in (1, -1, -100):  # another class; the usual marks of a missing label, which some losses leave out
-        relabelled = targets.clone()
-        relabelled[0] = label if targets.is_floating_point() or targets.dtype in (torch.int64, torch.int32) else 1
-        yield inputs.clone(), relabelled
+def _perturbed(inputs: Tensor, targets: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Batches of which one row is another, by its number: what mixes rows may look one way only."""
+    for row in range(_ROWS):
+        changed = inputs.clone()
+        changed[row] = changed[row] * 3 + 1
+        yield row, changed, targets.clone()
+    for row in (0, _ROWS - 1):
+        for label in (1 - row % 2, -1, -100):  # another class; the usual marks of a missing label
+            relabelled = targets.clone()
+            whole = targets.is_floating_point() or targets.dtype in (torch.int64, torch.int32)
+            relabelled[row] = label if whole else 1 - row % 2
+            yield row, inputs.clone(), relabelled
 
 
 def _repeatable(row_losses: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:

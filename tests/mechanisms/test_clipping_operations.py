@@ -393,6 +393,15 @@ def test_every_operation_by_every_method(name, method, grouping):
     assert chooser.times_used or not method
 
 
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "gram" in case.methods])
+def test_gram_matrices_in_several_blocks(name, grouping, monkeypatch):
+    """As they come where those of all patients together would not fit."""
+    monkeypatch.setattr("monai_privacy.mechanisms.clipping.convolution._GRAM_BYTES", 1)
+    case, patients = CASES[name], torch.tensor(GROUPINGS[grouping])
+    assert_exact(case.network(), case.batch(len(patients)), patients, chooser=Forced("gram"))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_no_method_is_offered_that_is_not_tested(name):
     case, chooser = CASES[name], Forced("")
@@ -747,27 +756,29 @@ def test_huge_gradients_are_bounded(name, exponent, where):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, *, reentrant: bool) -> None:
+    def __init__(self, *, reentrant: bool, times: int = 2) -> None:
         super().__init__()
         self.stem = nn.Conv2d(2, 6, 3, padding=1)
         self.block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.ReLU(inplace=True))
         self.head = nn.Linear(6, 2)
-        self.reentrant = reentrant
+        self.reentrant, self.times = reentrant, times
 
     def forward(self, inputs):
         features = self.stem(inputs)
-        for _ in range(2):  # the second time, the same weights again
+        for _ in range(self.times):  # the same weights again
             features = checkpoint(self.block, features, use_reentrant=self.reentrant)
         return self.head(features.mean(dim=(2, 3)))
 
 
-@pytest.mark.parametrize("method", ["loop", "grouped"])
-def test_checkpoints_are_exact(method):
+@pytest.mark.parametrize(("method", "times", "uses"), [("loop", 2, 3), ("grouped", 2, 3), ("loop, norms", 1, 2)])
+def test_checkpoints_are_exact(method, times, uses):
     torch.manual_seed(0)
-    network, batch = Checkpointed(reentrant=False).double(), Case(nn.Identity, (2, 5, 5)).batch(6)
+    network, batch = Checkpointed(reentrant=False, times=times).double(), Case(nn.Identity, (2, 5, 5)).batch(6)
     chooser = Forced(method)
-    assert_exact(network, batch, UNEQUAL, loss=CROSS_ENTROPY, chooser=chooser, max_physical_batch_size=4)
-    assert chooser.times_used
+    assert_exact(network, batch, UNEQUAL, loss=CROSS_ENTROPY, chooser=chooser)
+    # What is run again in the backward pass is no further use.
+    assert chooser.times_used == uses
+    assert_exact(network, batch, UNEQUAL, loss=CROSS_ENTROPY, max_physical_batch_size=4)
 
 
 @pytest.mark.parametrize("method", ["auto", "one_pass", "microbatch"])

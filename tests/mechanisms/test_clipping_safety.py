@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from monai_privacy.mechanisms.clipping import GradientClipper
+from monai_privacy.mechanisms.probe import require_independent_rows
 
 LOSS = nn.CrossEntropyLoss()
 PATIENTS = torch.tensor([7, 1, 7, 0, 1, 7, 2])
@@ -369,6 +370,32 @@ def test_control_flow_that_depends_on_data_never_gives_a_wrong_norm(layer, thres
         assert_close(GradientClipper(network, LOSS)(data, patients, bound), total, norms)
 
 
+class Rarely(nn.Module):
+    """What no synthetic row is large enough for: another layer, or a bare parameter."""
+
+    def __init__(self, *, bare: bool) -> None:
+        super().__init__()
+        self.usual, self.other = nn.Conv2d(1, 1, 3, padding=1), nn.Conv2d(1, 1, 3, padding=1)
+        self.gamma, self.bare = nn.Parameter(torch.full((1,), 0.5)), bare
+
+    def forward(self, inputs):
+        large = inputs.abs().max() > 1e6
+        features = self.other(inputs) if large and not self.bare else self.usual(inputs)
+        return torch.tanh(features * self.gamma if large and self.bare else features)
+
+
+@pytest.mark.parametrize(("bare", "says"), [(True, "before.gamma"), (False, "depends on what it sees")])
+def test_what_only_large_inputs_lead_to(bare, says):
+    (inputs, targets), network = batch(), made(lambda: Network(before=Rarely(bare=bare)))
+    inputs[3] *= 1e7
+    clipper = GradientClipper(network, LOSS)
+    for kept in ([0, 1, 2, 4], list(range(7))):
+        data, patients = (inputs[kept], targets[kept]), PATIENTS[kept]
+        assert_close(clipper(data, patients, 0.1), *patient_by_patient(network, LOSS, data, patients, 0.1)[:2])
+    assert len(clipper.faults) == 1
+    assert says in clipper.faults[0]
+
+
 @pytest.mark.parametrize("layer", [Branches, Routes, Repeats])
 def test_layers_that_vary_from_batch_to_batch(layer):
     network, data = made(lambda: Network(between=layer(0.1))), batch()
@@ -451,7 +478,11 @@ MIXERS: dict[str, Callable[[Tensor], Tensor]] = {
     "largest of each": lambda x: x - x.max(0).values,
     "sum": lambda x: x + 0.1 * x.sum(0, keepdim=True),
     "cumulative sum": lambda x: x.cumsum(0),
+    "sum of what follows": lambda x: x.flip(0).cumsum(0).flip(0),
     "row before": shifted,
+    "row after": lambda x: shifted(x.flip(0)).flip(0),
+    "row after, detached": lambda x: torch.cat([x[:-1] - x[1:].detach(), x[-1:]]),
+    "all but the first": lambda x: torch.cat([x[:1], x[1:] - x[1:].mean(0)]) if len(x) > 1 else x,
     "softmax": lambda x: x + x.softmax(0),
     "gradient only": gradient_only,
     "roll": lambda x: x.roll(1, 0),
@@ -470,6 +501,13 @@ MIXED = [(name, where) for name in MIXERS for where in PLACES if (name, where) !
 def test_networks_that_mix_rows(name, where):
     network = made(lambda: Network(**{where: MIXERS[name]}))
     assert_goes_the_slow_way(network, batch())
+
+
+@pytest.mark.parametrize("name", sorted(set(MIXERS) - {"gradient only"}))
+def test_the_trainers_probe_refuses_networks_that_mix_rows(name):
+    network, (inputs, targets) = made(lambda: Network(before=MIXERS[name])), batch()
+    with pytest.raises(ValueError, match="mixes patients"):
+        require_independent_rows(lambda x, y: rows(network(x), y), inputs, targets)
 
 
 def test_mixing_that_changes_nothing_is_right():
@@ -491,6 +529,17 @@ def test_a_network_that_mixes_rows_only_in_training(where):
         network.train(training)
         total, norms, bound = patient_by_patient(network, LOSS, data, PATIENTS)
         assert_close(clipper(data, PATIENTS, bound), total, norms)
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("name", ["roll by three", "large batches"])
+def test_a_first_batch_of_few_rows_proves_nothing(name, where):
+    network, (inputs, targets) = made(lambda: Network(**{where: MIXERS[name]})), batch()
+    clipper = GradientClipper(network, LOSS)
+    for count in (2, 7):
+        data, patients = (inputs[:count], targets[:count]), PATIENTS[:count]
+        total, norms, bound = patient_by_patient(network, LOSS, data, patients)
+        assert_close(clipper(data, patients, bound), total, norms)
 
 
 class ByShape(nn.Module):

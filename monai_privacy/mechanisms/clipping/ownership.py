@@ -25,8 +25,8 @@ from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.units import Units
 from monai_privacy.mechanisms.probe import synthetic_rows, synthetic_targets
 
-_FEWEST_ROWS = 3
-_MOST_ROWS = 32
+_FEWEST_ROWS = 5
+MOST_PROBED_ROWS = 32
 _TOLERANCE = 1e-5
 
 
@@ -95,7 +95,7 @@ def find_fault(
     then those of row i. Two things are asked for:
 
     - The loss of row i sends a gradient to its own rows alone: exact zeros elsewhere, not small numbers.
-    - What the other rows of each use are, and what gradients they receive, does not change with row i.
+    - What the other rows of each use are, and what gradients they receive, does not change with row i; asked of three rows.
 
     No probe can find a network that mixes rows only where it sees what the probe did not show.
 
@@ -109,7 +109,7 @@ def find_fault(
     Returns:
         What was called on what (see ``Pass.key``), and why gradients cannot be told apart by rows; empty if they can.
     """
-    rows = max(_FEWEST_ROWS, min(_MOST_ROWS, len(inputs)))
+    rows = max(_FEWEST_ROWS, min(MOST_PROBED_ROWS, len(inputs)))
     first_targets = synthetic_targets(targets, rows)
     probe, mode, losses = _run(parameters, row_losses, synthetic_rows(inputs, rows), first_targets)
     key = mode.heard.key(rows)
@@ -130,7 +130,7 @@ def find_fault(
         use = mode.heard.uses[int((~reached).nonzero()[0])]
         return key, f"{use.operation.name} of {names[use.parameters[0]]} received no gradient from synthetic rows"
     mode.gradients(losses.sum(), parameters)
-    for changed_inputs, changed_targets in _with_another_first_row(inputs, first_targets, rows):
+    for row, changed_inputs, changed_targets in _with_another_row(inputs, first_targets, rows):
         try:
             other, other_mode, other_losses = _run(parameters, row_losses, changed_inputs, changed_targets)
         except (IndexError, RuntimeError):  # a label or a word that is not taken here: no evidence either way
@@ -139,7 +139,7 @@ def find_fault(
             return key, "what the network calls depends on what it sees"
         other_mode.gradients(other_losses.sum(), parameters)
         for number, seen in probe.seen.items():
-            if not _same_but_first(seen.unflatten(0, (rows, -1)), other.seen[number].unflatten(0, (rows, -1))):
+            if not _same_but(row, seen.unflatten(0, (rows, -1)), other.seen[number].unflatten(0, (rows, -1))):
                 return key, _mixes(mode.heard.uses[number], names)
     return key, ""
 
@@ -160,21 +160,22 @@ def _run(
     return probe, mode, losses
 
 
-def _with_another_first_row(inputs: Tensor, targets: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches whose first row alone is another: larger, shifted either way, and of another label."""
-    for factor, shift in ((3.0, 1.0), (-2.0, -1.0)):
+def _with_another_row(inputs: Tensor, targets: Tensor, rows: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Batches of which one row is another: the first, one in the middle or the last, or the first's label."""
+    for row, factor, shift in ((0, 3.0, 1.0), (rows // 2, -2.0, -1.0), (rows - 1, 3.0, 1.0)):
         changed = synthetic_rows(inputs, rows)
-        changed[0] = changed[0] * factor + shift if changed.is_floating_point() else 1 - changed[0]
-        yield changed, targets
+        changed[row] = changed[row] * factor + shift if changed.is_floating_point() else 1 - changed[row]
+        yield row, changed, targets
     relabelled = targets.clone()
     relabelled[0] = 1 - relabelled[0] if relabelled.dtype != torch.bool else ~relabelled[0]
-    yield synthetic_rows(inputs, rows), relabelled
+    yield 0, synthetic_rows(inputs, rows), relabelled
 
 
-def _same_but_first(one: Tensor, other: Tensor) -> bool:
-    """Whether all rows but the first have the same sums, up to the rounding of kernels that divide work anew."""
-    scale = one[1:].abs().amax((0, 1), keepdim=True)
-    return bool(((one[1:] - other[1:]).abs() <= _TOLERANCE * scale).all())
+def _same_but(row: int, one: Tensor, other: Tensor) -> bool:
+    """Whether all other rows have the same sums, up to the rounding of kernels that divide work anew."""
+    others = torch.arange(len(one)) != row
+    scale = one[others].abs().amax((0, 1), keepdim=True)
+    return bool(((one[others] - other[others]).abs() <= _TOLERANCE * scale).all())
 
 
 def _mixes(use: Use, names: Sequence[str]) -> str:
