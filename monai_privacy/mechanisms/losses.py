@@ -39,8 +39,8 @@ class RowLoss:
 
     def __init__(self, loss_function: Callable[..., Any]) -> None:
         self._reduction = str(getattr(loss_function, "reduction", "mean"))
-        self._has_reduction = hasattr(loss_function, "reduction")
-        self._loss = _unreduced(loss_function) if self._has_reduction else loss_function
+        self._loss = _unreduced(loss_function) if hasattr(loss_function, "reduction") else loss_function
+        self._row_wise: dict[Any, bool] = {}
 
     @property
     def unreduced(self) -> Any:
@@ -49,14 +49,22 @@ class RowLoss:
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """(B,) losses of ``outputs``, whatever the network gave for B rows, and (B, ...) ``targets``."""
+        if not self._gives_rows(outputs, targets):
+            return self._one_row_at_a_time(outputs, targets)
+        flat = self._loss(outputs, targets).reshape(len(targets), -1)
+        return flat.sum(1) if self._reduction == "sum" else flat.mean(1)
+
+    def _gives_rows(self, outputs: Any, targets: Any) -> bool:
+        """Whether there is a number for each row. One for each of C classes looks like it where there are C rows, so
+        the loss is asked again with one row more; once for each shape of a row."""
         rows = len(targets)
-        losses = self._loss(outputs, targets)
-        if isinstance(losses, Tensor) and losses.ndim > 0 and len(losses) == rows and (rows > 1 or self._has_reduction):
-            flat = losses.reshape(rows, -1)
-            return flat.sum(1) if self._reduction == "sum" else flat.mean(1)
-        if rows == 1 and isinstance(losses, Tensor) and losses.numel() == 1 and not self._has_reduction:
-            return losses.reshape(1)
-        return self._one_row_at_a_time(outputs, targets)
+        key = (_row_shapes(outputs, rows), _row_shapes(targets, rows))
+        if key not in self._row_wise:
+            with torch.no_grad():
+                once = self._loss(outputs, targets)
+                again = self._loss(_with_last_row_twice(outputs, rows), _with_last_row_twice(targets, rows))
+            self._row_wise[key] = _has_rows(once, rows) and _has_rows(again, rows + 1)
+        return self._row_wise[key]
 
     def _one_row_at_a_time(self, outputs: Any, targets: Any) -> Tensor:
         weight = getattr(self._loss, "weight", None)
@@ -86,12 +94,31 @@ def _unreduced(loss_function: Any) -> Any:
     return loss
 
 
+def _has_rows(losses: Any, rows: int) -> bool:
+    return isinstance(losses, Tensor) and losses.ndim > 0 and len(losses) == rows
+
+
+def _row_shapes(value: Any, rows: int) -> Any:
+    shapes: list[Any] = []
+    _map_rows(value, rows, lambda tensor: shapes.append((tensor.shape[1:], tensor.dtype)))
+    return tuple(shapes)
+
+
+def _with_last_row_twice(value: Any, rows: int) -> Any:
+    return _map_rows(value, rows, lambda tensor: torch.cat([tensor, tensor[-1:]]))
+
+
 def _row(value: Any, index: int, rows: int) -> Any:
-    """Row ``index`` of a tensor, kept as a batch of one; the same inside of lists, tuples and dictionaries."""
+    """Row ``index``, kept as a batch of one."""
+    return _map_rows(value, rows, lambda tensor: tensor[index : index + 1])
+
+
+def _map_rows(value: Any, rows: int, change: Callable[[Tensor], Any]) -> Any:
+    """``change`` each tensor of so many rows; the same inside of lists, tuples and dictionaries."""
     if isinstance(value, Tensor):
-        return value[index : index + 1] if value.ndim and len(value) == rows else value
+        return change(value) if value.ndim and len(value) == rows else value
     if isinstance(value, dict):
-        return {key: _row(item, index, rows) for key, item in value.items()}
+        return {key: _map_rows(item, rows, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_row(item, index, rows) for item in value)
+        return type(value)(_map_rows(item, rows, change) for item in value)
     return value

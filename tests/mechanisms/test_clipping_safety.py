@@ -617,6 +617,26 @@ def test_losses_that_mix_rows(name):
     assert_goes_the_slow_way(made(Network), batch(), SINGLE, loss=LOSSES[name])
 
 
+def overlap_of_classes(outputs: Tensor, targets: Tensor) -> Tensor:
+    """One number for each of two classes, over all rows: of two rows it looks like one number a row."""
+    shares, wanted = outputs.softmax(1), functional.one_hot(targets, 2)
+    return 1 - 2 * (shares * wanted).sum(0) / (shares + wanted).sum(0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_a_loss_of_each_class_is_not_taken_for_one_of_each_row(count):
+    network, (inputs, targets), patients = made(Network), batch(), SINGLE[:count]
+    data = (inputs[:count] * 3, targets[:count])
+    total, norms, bound = patient_by_patient(network, lambda o, t: overlap_of_classes(o, t).mean(), data, patients)
+    try:
+        found = GradientClipper(network, overlap_of_classes)(data, patients, bound)
+    except ValueError as refusal:
+        if "row" not in str(refusal):
+            raise
+    else:
+        assert_close(found, total, norms)
+
+
 # What follows is right in one pass, and has to be seen to be.
 
 
