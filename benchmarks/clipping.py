@@ -65,8 +65,33 @@ def _only(network: nn.Module, *trained: str) -> nn.Module:
     return network
 
 
+class _LowRank(nn.Module):
+    """A frozen convolution with a trained change of low rank beside it."""
+
+    def __init__(self, convolution: nn.Conv2d, rank: int = 4) -> None:
+        super().__init__()
+        self.frozen = convolution.requires_grad_(False)
+        kept = {"stride": convolution.stride, "padding": convolution.padding, "bias": False}
+        self.down = nn.Conv2d(convolution.in_channels, rank, convolution.kernel_size, **kept)  # type: ignore[arg-type]
+        self.up = nn.Conv2d(rank, convolution.out_channels, 1, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed: Tensor = self.frozen(x) + self.up(self.down(x))
+        return changed
+
+
+def _with_low_rank(network: nn.Module) -> nn.Module:
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Conv2d) and not isinstance(module, _LowRank):
+                setattr(module, name, _LowRank(child))
+    return _only(network, ".down.", ".up.", "fc.")
+
+
 # Name: network, shape of an image, images in a batch.
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+Case = tuple[Callable[[], nn.Module], tuple[int, ...], int]
+NETWORKS: dict[str, Case] = {
     "ResNet9 224²": (lambda: ResNet9(spatial_dims=2, in_channels=1, out_channels=2), (1, 224, 224), 16),
     "DenseNet121 224²": (lambda: _densenet(2), (1, 224, 224), 16),
     "ResNet-18 224²": (lambda: _resnet18(2), (1, 224, 224), 16),
@@ -75,6 +100,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "ResNet-18 224², head only": (lambda: _only(_resnet18(2), "fc."), (1, 224, 224), 16),
     "ResNet-18 224², biases only": (lambda: _only(_resnet18(2), "bias"), (1, 224, 224), 16),
     "ResNet-18 224², norms and head": (lambda: _only(_resnet18(2), "bn", "downsample.1", "fc."), (1, 224, 224), 16),
+    "ResNet-18 224², LoRA": (lambda: _with_low_rank(_resnet18(2)), (1, 224, 224), 16),
     "ResNet-18 224², last stage": (lambda: _only(_resnet18(2), "layer4", "fc."), (1, 224, 224), 16),
 }
 
@@ -86,9 +112,9 @@ def batch(shape: Sequence[int], rows: int, device: str) -> tuple[Tensor, Tensor]
     return images.to(device), torch.randint(0, 2, (rows,), generator=generator).to(device)
 
 
-def times(name: str, contenders: Sequence[str], repeats: int, device: str, amp: bool) -> dict[str, list[float] | str]:
+def times(case: Case, contenders: Sequence[str], repeats: int, device: str, amp: bool) -> dict[str, list[float] | str]:
     """Seconds of each step of each contender, in turns; or why a contender could not run."""
-    make, shape, rows = NETWORKS[name]
+    make, shape, rows = case
     torch.manual_seed(0)
     network = make().to(device).train()
     images, labels = batch(shape, rows, device)
@@ -169,6 +195,15 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """What the numbers were made on."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": threads,
+        "versions": {name: version(name) for name in ("torch", "monai", "opacus", "monai-privacy")},
+    }
+
+
 def table(results: dict[str, Any]) -> str:
     """Ratios of the medians, and of the peaks, to plain training."""
     contenders = list(dict.fromkeys(c for row in results["rows"].values() for c in row if c != "plain"))
@@ -204,13 +239,7 @@ def main() -> None:
     contenders = ["plain", *(c for c in options.contenders if c != "plain")]
     output = options.output or RESULTS / f"clipping_{options.device}{'_bf16' if options.amp else ''}.json"
     results: dict[str, Any] = {
-        "machine": {
-            "device": torch.cuda.get_device_name()
-            if options.device == "cuda"
-            else platform.processor() or platform.machine(),
-            "threads": options.threads,
-            "versions": {name: version(name) for name in ("torch", "monai", "opacus", "monai-privacy")},
-        },
+        "machine": machine(options.device, options.threads),
         "rows": {},
     }
     if output.exists():  # a run of some networks leaves the rows of the others
@@ -219,7 +248,9 @@ def main() -> None:
     for name in options.networks:
         with console.status(f"{name} ..."):
             row: dict[str, Any] = {}
-            for contender, seconds in times(name, contenders, options.repeats, options.device, options.amp).items():
+            for contender, seconds in times(
+                NETWORKS[name], contenders, options.repeats, options.device, options.amp
+            ).items():
                 row[contender] = {"seconds": seconds} if isinstance(seconds, list) else {"error": seconds}
                 if isinstance(seconds, list) and not options.no_memory:
                     row[contender]["megabytes"] = memory(name, contender, options.device, options.amp)
