@@ -16,8 +16,9 @@
 Writes results/clipping_<device>.json and prints the table. How the numbers come about:
 
 - A step is everything between two batches: forward, backward, clipping, noise, the optimizer's step.
-- The contenders take turns in one process; the first round is not counted (ours measures its methods then). A ratio is
-  that of the medians.
+- The contenders take turns in one process, with a step of plain training before and after each; the first round is not
+  counted (ours measures its methods then). A ratio is the median over the rounds of a step's time over the mean of its
+  two neighbours', so that a machine whose speed drifts changes little.
 - Memory is the peak of the process above the loaded network, each contender in a process of its own; on a GPU, the
   device's own peak.
 - Batch norm is group norm in every contender. Opacus gets a copy of the network with nothing in place, since its hooks
@@ -36,6 +37,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -112,32 +114,59 @@ def batch(shape: Sequence[int], rows: int, device: str) -> tuple[Tensor, Tensor]
     return images.to(device), torch.randint(0, 2, (rows,), generator=generator).to(device)
 
 
-def times(case: Case, contenders: Sequence[str], repeats: int, device: str, amp: bool) -> dict[str, list[float] | str]:
-    """Seconds of each step of each contender, in turns; or why a contender could not run."""
+@dataclass
+class Timing:
+    """Steps of a contender between steps of plain training.
+
+    Args:
+        seconds: of each step.
+        plain: of the plain steps before and after it, their mean.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    plain: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Median over the pairs."""
+        return statistics.median(own / plain for own, plain in zip(self.seconds, self.plain, strict=True))
+
+
+def times(case: Case, contenders: Sequence[str], repeats: int, device: str, amp: bool) -> dict[str, Timing | str]:
+    """Time each contender's steps, in turns; or say why a contender could not run."""
     make, shape, rows = case
     torch.manual_seed(0)
     network = make().to(device).train()
     images, labels = batch(shape, rows, device)
-    found: dict[str, list[float] | str] = {}
+    found: dict[str, Timing | str] = {}
     steps = {}
-    for contender in contenders:
+    for contender in ("plain", *contenders):
         try:
             steps[contender] = CONTENDERS[contender](network, images, labels, amp)
             steps[contender]()
-            found[contender] = []
+            found[contender] = Timing()
         except Exception as error:  # a contender's own limits
             found[contender] = f"{type(error).__name__}: {str(error)[:100]}"
             steps.pop(contender, None)
+    plain = found.pop("plain")
+    assert isinstance(plain, Timing), plain
     for _ in range(repeats):
-        for contender, step in steps.items():
-            _wait(device)
-            start = time.perf_counter()
-            step()
-            _wait(device)
-            seconds = found[contender]
-            assert isinstance(seconds, list)
-            seconds.append(time.perf_counter() - start)
+        before = _seconds(steps["plain"], device)
+        for contender, timing in found.items():
+            if isinstance(timing, Timing):
+                timing.seconds.append(_seconds(steps[contender], device))
+                after = _seconds(steps["plain"], device)
+                timing.plain.append((before + after) / 2)
+                before = after
     return found
+
+
+def _seconds(step: Callable[[], None], device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def memory(name: str, contender: str, device: str, amp: bool) -> float | None:
@@ -205,8 +234,8 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Ratios of the medians, and of the peaks, to plain training."""
-    contenders = list(dict.fromkeys(c for row in results["rows"].values() for c in row if c != "plain"))
+    """Ratios to plain training: time, and peak memory in brackets."""
+    contenders = list(dict.fromkeys(contender for row in results["rows"].values() for contender in row["contenders"]))
     lines = ["| | " + " | ".join(contenders) + " |", "|---" * (len(contenders) + 1) + "|"]
     for name, row in results["rows"].items():
         lines.append("| " + " | ".join([name, *(_cell(row, contender) for contender in contenders)]) + " |")
@@ -214,12 +243,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any], contender: str) -> str:
-    found, plain = row.get(contender, {}), row["plain"]
-    if not found.get("seconds"):
+    found = row["contenders"].get(contender, {})
+    if "ratio" not in found:
         return "–"
-    text = f"{statistics.median(found['seconds']) / statistics.median(plain['seconds']):.2f}"
-    if found.get("megabytes") and plain.get("megabytes"):
-        text += f" ({found['megabytes'] / plain['megabytes']:.2f})"
+    text = f"{found['ratio']:.2f}"
+    if found.get("megabytes") and row["plain_megabytes"]:
+        text += f" ({found['megabytes'] / row['plain_megabytes']:.2f})"
     return text
 
 
@@ -236,7 +265,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    contenders = ["plain", *(c for c in options.contenders if c != "plain")]
+    contenders = [contender for contender in options.contenders if contender != "plain"]
+    settings = (options.repeats, options.device, options.amp)
     output = options.output or RESULTS / f"clipping_{options.device}{'_bf16' if options.amp else ''}.json"
     results: dict[str, Any] = {
         "machine": machine(options.device, options.threads),
@@ -247,13 +277,16 @@ def main() -> None:
     console = Console()
     for name in options.networks:
         with console.status(f"{name} ..."):
-            row: dict[str, Any] = {}
-            for contender, seconds in times(
-                NETWORKS[name], contenders, options.repeats, options.device, options.amp
-            ).items():
-                row[contender] = {"seconds": seconds} if isinstance(seconds, list) else {"error": seconds}
-                if isinstance(seconds, list) and not options.no_memory:
-                    row[contender]["megabytes"] = memory(name, contender, options.device, options.amp)
+            row: dict[str, Any] = {"plain_megabytes": None, "contenders": {}}
+            if not options.no_memory:
+                row["plain_megabytes"] = memory(name, "plain", options.device, options.amp)
+            for contender, timing in times(NETWORKS[name], contenders, *settings).items():
+                if isinstance(timing, str):
+                    row["contenders"][contender] = {"error": timing}
+                    continue
+                row["contenders"][contender] = found = asdict(timing) | {"ratio": timing.ratio}
+                if not options.no_memory:
+                    found["megabytes"] = memory(name, contender, options.device, options.amp)
         results["rows"][name] = row
         output.parent.mkdir(exist_ok=True)
         output.write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,16 +62,9 @@ def measured(repeats: int, device: str, amp: bool) -> Ratios:
         values: Numbers = list(cases)
         found[axis] = {"values": values} | {contender: [] for contender in COMPARED}
         for one in track(cases.values(), description=axis):
-            seconds = times(one, ("plain", *COMPARED), repeats, device, amp)
-            plain = _median(seconds["plain"])
-            for contender in COMPARED:
-                taken = _median(seconds[contender])
-                found[axis][contender].append(None if taken is None or plain is None else taken / plain)
+            for contender, timing in times(one, COMPARED, repeats, device, amp).items():
+                found[axis][contender].append(None if isinstance(timing, str) else timing.ratio)
     return found
-
-
-def _median(seconds: list[float] | str) -> float | None:
-    return statistics.median(seconds) if isinstance(seconds, list) else None
 
 
 def drawn(ratios: Ratios) -> Figure:

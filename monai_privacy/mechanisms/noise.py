@@ -18,15 +18,14 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
-from randomgen import AESCounter
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-# Bounds the memory of one draw to some tens of megabytes, whatever the size of the network.
-# Small enough for the cache, and for torch not to divide it: where the other cores are busy, threads wait for each
-# other longer than they work.
-_BLOCK = (1 << 15) - 2
+# Small enough for the cache, and for torch not to divide the work on half of it: where the other cores are busy, threads
+# wait for each other longer than they work.
+_BLOCK = (1 << 16) - 2
+_PRECISION = 1 << 53
 
 
 class NoiseSource(Protocol):
@@ -77,8 +76,10 @@ def _noised_on_cuda(tensor: Tensor, standard_deviation: float) -> Tensor:
 @torch.no_grad()
 def _noised_on_cpu(tensors: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
     results = []
-    blocks = _normal_blocks()
-    block = torch.empty(0)
+    number = sum(tensor.numel() for tensor in tensors)
+    size = min(_BLOCK, number + number % 2)
+    blocks = _normal_blocks(size, standard_deviation)
+    block, wide = torch.empty(0), torch.empty(size, dtype=torch.float64)
     for tensor in tensors:
         source = tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32)).reshape(-1)
         target, done = torch.empty_like(source), 0
@@ -88,32 +89,36 @@ def _noised_on_cpu(tensors: Sequence[Tensor], standard_deviation: float) -> list
             take = min(len(block), len(source) - done)
             noise, block = block[:take], block[take:]
             part = slice(done, done + take)
-            # The copy is the one rounding, where the gradient is in float32.
-            target[part].copy_(noise.mul_(standard_deviation).add_(source[part]))
+            # The second copy is the one rounding, where the gradient is in float32.
+            target[part].copy_(wide[:take].copy_(source[part]).add_(noise))
             done += take
         results.append(target.reshape(tensor.shape).to(tensor))
     return results
 
 
-def _normal_blocks() -> Iterator[Tensor]:
-    """Blocks of fresh standard normal numbers, in float64; each is written over by the next."""
-    generator = np.random.Generator(AESCounter(key=int.from_bytes(os.urandom(16), "little")))
-    buffer = np.empty(_BLOCK)
+def _normal_blocks(size: int, standard_deviation: float) -> Iterator[Tensor]:
+    """Blocks of ``size`` fresh normal numbers, in float64; each is written over by the next."""
+    cipher = Cipher(algorithms.AES(os.urandom(16)), modes.CTR(bytes(16))).encryptor()
+    # The cipher asks for room for one block of its own more.
+    zeros, drawn = bytes(8 * size), bytearray(8 * size + 15)
+    bits, values = torch.frombuffer(drawn, dtype=torch.int64, count=size), torch.empty(size, dtype=torch.float64)
     while True:
-        generator.random(out=buffer)
-        yield _normal(buffer)
+        cipher.update_into(zeros, drawn)
+        # As many bits as a double holds.
+        values.copy_(bits.bitwise_and_(_PRECISION - 1))
+        yield _normal(values, standard_deviation)
 
 
-def _normal(uniform: np.ndarray) -> Tensor:
-    """Turn numbers uniform on [0, 1), of even length, into standard normal ones in place (Box and Muller 1958)."""
-    values = torch.from_numpy(uniform)
-    # From [0, 1) to (0, 1], exactly, so that the logarithm is finite.
-    radius = values[: len(uniform) // 2].neg_().add_(1.0).log_().mul_(-2.0).sqrt_()
-    angle = values[len(uniform) // 2 :].mul_(2 * math.pi)
+def _normal(integers: Tensor, standard_deviation: float) -> Tensor:
+    """Turn uniform integers below 2⁵³, an even number of them, into normal numbers in place (Box and Muller 1958)."""
+    half = len(integers) // 2
+    # From 0 ... 2⁵³ - 1 to (0, 1], exactly, so that the logarithm is finite.
+    radius = integers[:half].add_(1).mul_(1 / _PRECISION).log_().mul_(-2 * standard_deviation**2).sqrt_()
+    angle = integers[half:].mul_(2 * math.pi / _PRECISION)
     cosine = angle.cos()
     angle.sin_().mul_(radius)
     radius.mul_(cosine)
-    return values
+    return integers
 
 
 class InsecureNoise:

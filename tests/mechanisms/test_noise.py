@@ -53,7 +53,8 @@ def test_distribution_is_gaussian():
     sample = (draw() / SIGMA).double().numpy()
     assert stats.kstest(sample, "norm").pvalue > FALSE_ALARM
     # Box-Muller makes its numbers in pairs, half a chunk apart.
-    paired = _normal(np.random.default_rng(0).random(1 << 16)).reshape(2, -1).numpy()
+    integers = torch.from_numpy(np.random.default_rng(0).integers(0, 1 << 53, 1 << 16)).double()
+    paired = _normal(integers, 1.0).reshape(2, -1).numpy()
     assert stats.kstest(paired[0] + paired[1], stats.norm(scale=math.sqrt(2)).cdf).pvalue > FALSE_ALARM
     assert stats.pearsonr(paired[0] ** 2, paired[1] ** 2).pvalue > FALSE_ALARM
     half = len(sample) // 4
@@ -127,10 +128,10 @@ def test_each_generator_has_a_key_of_its_own_from_the_operating_system(monkeypat
 
 
 def test_both_ends_of_the_uniform_numbers_give_finite_noise():
-    ends = [0.0, 1 - 2**-53]
+    ends = [0, 2**53 - 1]
     for first in ends:
         for second in ends:
-            assert torch.isfinite(_normal(np.array([first, second]))).all()
+            assert torch.isfinite(_normal(torch.tensor([first, second]).double(), 1.0)).all()
 
 
 def test_insecure_noise_repeats_and_says_so():
