@@ -27,7 +27,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from monai_privacy.mechanisms.clipping import ClippedGradientSum, GradientClipper
-from monai_privacy.mechanisms.clipping.choosing import MethodChooser
+from monai_privacy.mechanisms.clipping.choosing import MemoryBudget, MethodChooser
+from monai_privacy.mechanisms.clipping.convolution import ConvolutionRule
+from monai_privacy.mechanisms.clipping.materials import UnitGradients
+from monai_privacy.mechanisms.clipping.operation import NormMethod
+from monai_privacy.mechanisms.clipping.units import Units
 from monai_privacy.networks import FoldedBatchNorm
 
 EXACT = 1e-12
@@ -276,11 +280,12 @@ class Case:
         return inputs, torch.arange(rows) % 2
 
 
-LOOPS = ("loop", "loop, norms", "grouped")
-DENSE = (*LOOPS, "unfold")
+LOOPS = ("loop", "loop, norms", "grouped", "grouped, norms")
+DENSE = (*LOOPS, "unfold", "unfold, norms")
 CONVOLUTION = (*DENSE, "gram")
 IN_GROUPS = TRANSPOSED = (*LOOPS, "gram")
-POINTWISE = (*LOOPS, "product", "gram")
+PRODUCTS = ("product", "product, norms")
+POINTWISE = (*LOOPS, *PRODUCTS, "gram")
 LINEAR = ("product", "gram")
 EMBEDDING = ("scatter", "equal words")
 
@@ -306,7 +311,7 @@ CASES = {
     "conv2d, circular": Case(lambda: nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="circular"), (2, 4, 5), DENSE),
     "conv2d, replicate": Case(lambda: nn.Conv2d(4, 24, 2, padding=1, padding_mode="replicate"), (4, 2, 1), CONVOLUTION),
     "conv2d, pointwise": Case(lambda: nn.Conv2d(8, 12, 1), (8, 2, 2), POINTWISE),
-    "conv2d, pointwise, stride 2": Case(lambda: nn.Conv2d(6, 10, 1, stride=(2, 1)), (6, 4, 2), (*LOOPS, "product")),
+    "conv2d, pointwise, stride 2": Case(lambda: nn.Conv2d(6, 10, 1, stride=(2, 1)), (6, 4, 2), (*LOOPS, *PRODUCTS)),
     "conv2d, pointwise, padding": Case(lambda: nn.Conv2d(2, 3, 1, padding=1), (2, 2, 2), DENSE),
     "conv2d, pointwise, groups": Case(lambda: nn.Conv2d(16, 24, 1, groups=2), (16, 2, 2), IN_GROUPS),
     "conv3d": Case(lambda: nn.Conv3d(4, 12, 2), (4, 2, 3, 2), CONVOLUTION),
@@ -400,6 +405,17 @@ def test_gram_matrices_in_several_blocks(name, grouping, monkeypatch):
     monkeypatch.setattr("monai_privacy.mechanisms.clipping.convolution._GRAM_BYTES", 1)
     case, patients = CASES[name], torch.tensor(GROUPINGS[grouping])
     assert_exact(case.network(), case.batch(len(patients)), patients, chooser=Forced("gram"))
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize(("name", "method"), [(name, method) for name, method in BY_METHOD if name.startswith("conv")])
+@pytest.mark.parametrize("rows_in_a_run", [1, 2])
+def test_convolutions_in_several_runs(rows_in_a_run, name, method, grouping, monkeypatch):
+    """As they come where the rows of all patients together would not fit."""
+    monkeypatch.setattr(ConvolutionRule, "_row_bytes", lambda *_: 1)
+    monkeypatch.setattr("monai_privacy.mechanisms.clipping.convolution._RUN_BYTES", rows_in_a_run)
+    case, patients = CASES[name], torch.tensor(GROUPINGS[grouping])
+    assert_exact(case.network(), case.batch(len(patients)), patients, chooser=Forced(method))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -632,7 +648,7 @@ def small(rows: int = 6) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
     return Small().double(), case.batch(rows)
 
 
-ANY_METHOD = ("loop", "loop, norms", "grouped", "product", "unfold", "gram")
+ANY_METHOD = tuple(dict.fromkeys((*DENSE, *POINTWISE)))
 UNEQUAL = torch.tensor([7, 1, 7, 0, 1, 7])
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 
@@ -844,3 +860,27 @@ def test_the_network_is_left_as_it_was():
     GradientClipper(network, CROSS_ENTROPY, method="one_pass")(batch, UNEQUAL, 0.1)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert [(p.requires_grad, p.grad) for p in network.parameters()] == flags
+
+
+@pytest.mark.parametrize(("held", "tried"), [(1 << 10, {"kept"}), (1 << 40, {"norms"})])
+def test_norms_alone_are_found_only_where_gradients_cannot_be_kept(held, tried):
+    methods = [NormMethod("kept", held, 0, 1.0), NormMethod("norms", 1, 0, 2.0, instead_of="kept")]
+    asked = set()
+
+    def collect(name):
+        asked.add(name)
+        return UnitGradients(torch.ones(2, 3))
+
+    units, budget = Units((1, 1)), MemoryBudget(0)
+    MethodChooser().collect(0, (), lambda: methods, collect, units, budget, torch.device("cpu"))
+    assert asked == tried
+
+
+@pytest.mark.parametrize("counts", [(1,), (3,), (1, 1, 1), (2, 5, 1, 1), (4, 4)])
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+def test_runs_hold_all_units_once(counts, most):
+    runs = list(Units(counts).runs(most))
+    assert tuple(count for _, run in runs for count in run.counts) == counts
+    assert [row for rows, _ in runs for row in range(rows.start, rows.stop)] == list(range(sum(counts)))
+    assert all(run.rows == rows.stop - rows.start for rows, run in runs)
+    assert all(run.rows <= most or run.number == 1 for _, run in runs)

@@ -102,8 +102,9 @@ class MethodChooser:
         key = (number, signature, units.rows.bit_length(), units.number.bit_length(), units.equal is None)
         if key not in self._choices:
             candidates = methods()
+            fitting = {method.name: method for method in candidates if budget.admits(method)}
             # Where nothing fits, the one that holds least.
-            admitted = [method for method in candidates if budget.admits(method)] or [
+            admitted = [method for method in fitting.values() if method.instead_of not in fitting] or [
                 min(candidates, key=lambda method: method.held + method.temporary)
             ]
             measure = self._measure and not torch.are_deterministic_algorithms_enabled()

@@ -15,16 +15,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients, squared_norms
-from monai_privacy.mechanisms.clipping.operation import Choose, Found, NormMethod, OperationRule, Wanted, by_unit, wide
+from monai_privacy.mechanisms.clipping.operation import (
+    Choose,
+    Found,
+    NormMethod,
+    OperationRule,
+    Wanted,
+    by_unit,
+    unit_products,
+    wide,
+)
 from monai_privacy.mechanisms.clipping.precision import full_precision
 from monai_privacy.mechanisms.clipping.units import Units
 
@@ -32,6 +40,8 @@ _backward = torch.ops.aten.convolution_backward.default
 Size = tuple[int, ...]
 # Gram matrices are made for as many units at a time as take this much.
 _GRAM_BYTES = 8 << 20
+_RUN_BYTES = 4 << 20
+_NORMS = ", norms"
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class ConvolutionRule(OperationRule):
             found_weight = choose(
                 (self, x.shape[1:], weight.shape, x.dtype, x.device.type, wanted.gradients_only),
                 lambda: self._methods(x, gradient, weight, units, wanted.gradients_only),
-                lambda name: self._collectors[name](self, x, gradient, weight, units),
+                lambda name: self._collect(name, x, gradient, weight, units),
             )
         return Found(grad_x, found_weight, found_bias)
 
@@ -101,19 +111,17 @@ class ConvolutionRule(OperationRule):
         size, rows = weight.numel() * max(4, weight.element_size()), units.rows
         positions = math.prod((x if self.transposed else gradient).shape[2:])
         one = 2.0 * weight.numel() * positions * rows  # an ordinary weight gradient
-        kept, several = units.number * size, rows * size if rows > units.number else 0
-        methods = [NormMethod("loop", kept, size, one)]
-        if rows > 1:
-            methods.append(NormMethod("grouped", kept, several, one))
-        if not self.transposed and self.groups == 1 and set(weight.shape[2:]) == {1} and not any(self.padding):
-            methods.append(NormMethod("product", kept, several, one))
-        elif not self.transposed and self.groups == 1:
-            patches = weight[0].numel() * positions * rows * x.element_size()
-            methods.append(NormMethod("unfold", kept, several + patches + x.nbytes, one))
+        kept, held = units.number * size, x.nbytes + gradient.nbytes
+        methods = []
+        for name in self._forms(weight, rows):
+            run = self._run_rows(name, x, gradient, weight, units) * self._row_bytes(name, x, gradient, weight)
+            # Where one run does it all, row by row, what it makes is kept.
+            made = kept if run >= kept and rows == units.number else 0
+            methods.append(NormMethod(name, kept, size if name == "loop" else run - made, one))
+            if not gradients_only:
+                methods.append(NormMethod(f"{name}{_NORMS}", held, run, 2 * one, instead_of=name))
         if gradients_only:
             return methods
-        held = x.nbytes + gradient.nbytes
-        methods.append(NormMethod("loop, norms", held, 2 * size, 2 * one))
         image, output = (gradient, x) if self.transposed else (x, gradient)
         pixels = math.prod(n + 2 * p for n, p in zip(image.shape[2:], self.padding, strict=True))
         per_unit = rows / units.number
@@ -135,50 +143,91 @@ class ConvolutionRule(OperationRule):
             self.groups * (pixels**2 + 2 * positions**2) + pixels * image.shape[1] + positions * output.shape[1]
         )
 
-    def _weight_gradient(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
-        return _backward(gradient, x, weight, None, *self._arguments, (False, True, False))[1]
-
-    def _loop(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
-        values = weight.new_empty((units.number, *weight.shape), dtype=wide(weight[:0]).dtype)
-        for unit, rows in enumerate(units.slices()):
-            values[unit] = self._weight_gradient(x[rows], gradient[rows], weight)
-        return UnitGradients(values)
-
-    def _loop_norms(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+    def _collect(self, name: str, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+        """By the method of that name."""
+        if name == "gram":
+            return self._gram(x, gradient, weight, units)
+        form = name.removesuffix(_NORMS)
+        most = self._run_rows(form, x, gradient, weight, units)
+        if name == form:
+            values, done = weight.new_empty((units.number, *weight.shape), dtype=wide(weight[:0]).dtype), 0
+            for rows, run in units.runs(most):
+                self._form(form, x[rows], gradient[rows], weight, run, out=values[done : done + run.number])
+                done += run.number
+            return UnitGradients(values)
         with full_precision(x):
             squares = [
-                squared_norms(self._weight_gradient(wide(x[rows]), wide(gradient[rows]), wide(weight))[None])
-                for rows in units.slices()
+                squared_norms(self._form(form, wide(x[rows]), wide(gradient[rows]), wide(weight), run))
+                for rows, run in units.runs(most)
             ]
         return self._postponed(torch.cat(squares), x, gradient, weight, units)
 
-    def _grouped(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
+    def _forms(self, weight: Tensor, rows: int) -> list[str]:
+        """The ways to the units' gradients."""
+        forms = ["loop"] if rows == 1 else ["loop", "grouped"]
+        if not self.transposed and self.groups == 1:
+            forms.append("product" if set(weight.shape[2:]) == {1} and not any(self.padding) else "unfold")
+        return forms
+
+    def _run_rows(self, form: str, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> int:
+        """How many rows are worked on at once: what is made of them passes through the cache, not through memory."""
+        return min(units.rows, max(_RUN_BYTES // self._row_bytes(form, x, gradient, weight), *units.counts))
+
+    def _row_bytes(self, form: str, x: Tensor, gradient: Tensor, weight: Tensor) -> int:
+        """What a form makes for a row, about."""
+        size = weight.numel() * max(4, weight.element_size())
+        if form != "unfold":
+            return size
+        return size + (weight[0].numel() * math.prod(gradient.shape[2:]) + x[0].numel()) * x.element_size()
+
+    def _form(
+        self, form: str, x: Tensor, gradient: Tensor, weight: Tensor, units: Units, out: Tensor | None = None
+    ) -> Tensor:
+        """(P, *weight.shape) gradients of units; ``out``, where given."""
+        values = weight.new_empty((units.number, *weight.shape), dtype=wide(weight[:0]).dtype) if out is None else out
+        if form == "loop":
+            for unit, rows in enumerate(units.slices()):
+                values[unit] = self._weight_gradient(x[rows], gradient[rows], weight)
+        elif form == "grouped":
+            by_row = self._grouped(x, gradient, weight)
+            values.copy_(units.sum(wide(by_row)).view_as(values))
+        else:
+            seen = self._pixels(x) if form == "product" else self._patches(x, weight, gradient)
+            unit_products(gradient.flatten(2), seen.transpose(1, 2), units, values.flatten(2))
+        return values
+
+    def _weight_gradient(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+        return _backward(gradient, x, weight, None, *self._arguments, (False, True, False))[1]
+
+    def _grouped(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
         """The rows folded into the channels: one weight gradient with R times as many groups."""
         rows = len(x)
-        shape = (rows * weight.shape[0], *weight.shape[1:])
         folded = replace(self, groups=rows * self.groups)
         values = folded._weight_gradient(
             x.reshape(1, -1, *x.shape[2:]),
             gradient.reshape(1, -1, *gradient.shape[2:]),
-            weight.new_empty(shape),  # only its shape is asked for
+            weight.new_empty((rows * weight.shape[0], *weight.shape[1:])),  # only its shape is asked for
         )
-        return UnitGradients(units.sum(wide(values.unflatten(0, (rows, -1)))))
+        return values.unflatten(0, (rows, -1))
 
-    def _product(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
-        """A pointwise convolution's gradient is one matrix product a row."""
+    def _pixels(self, x: Tensor) -> Tensor:
+        """(R, C_in, L) what a pointwise convolution sees: its weight's gradient is one matrix product a row."""
         steps = [slice(None, None, step) for step in self.stride]
-        seen = x[(slice(None), slice(None), *steps)].flatten(2)
-        values = torch.bmm(gradient.flatten(2), seen.transpose(1, 2))
-        return UnitGradients(units.sum(wide(values)).reshape(units.number, *weight.shape))
+        return x[(slice(None), slice(None), *steps)].flatten(2)
 
-    def _unfold(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
-        """The patches side by side, then one matrix product a row: for images so small that a loop costs more."""
+    def _patches(self, x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+        """(R, C_in K, L) patches side by side, for one matrix product a row: where a loop of convolutions costs more."""
         padding = [p for p in reversed(self.padding) for _ in range(2)]
         image = functional.pad(x, padding) if any(padding) else x
-        shifts = self._shifts(weight.shape[2:], gradient.shape[2:])
-        patches = torch.stack([image[:, :, *shift] for shift in shifts], 2).flatten(3).flatten(1, 2)
-        values = torch.bmm(gradient.flatten(2), patches.transpose(1, 2))
-        return UnitGradients(units.sum(wide(values)).reshape(units.number, *weight.shape))
+        rows, channels, *spatial = image.stride()
+        within = [n * d for n, d in zip(spatial, self.dilation, strict=True)]
+        between = [n * s for n, s in zip(spatial, self.stride, strict=True)]
+        patches = image.as_strided(
+            (*x.shape[:2], *weight.shape[2:], *gradient.shape[2:]),
+            (rows, channels, *within, *between),
+            image.storage_offset(),
+        )
+        return patches.reshape(len(x), weight[0].numel(), -1)
 
     def _gram(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
         """Inner products of patches times those of output gradients, summed over pairs of positions.
@@ -221,15 +270,6 @@ class ConvolutionRule(OperationRule):
                 slice(at * d, at * d + s * (n - 1) + 1, s)
                 for at, d, s, n in zip(offset, self.dilation, self.stride, output, strict=True)
             )
-
-    _collectors: ClassVar[dict[str, Callable[..., Material]]] = {
-        "loop": _loop,
-        "grouped": _grouped,
-        "product": _product,
-        "unfold": _unfold,
-        "loop, norms": _loop_norms,
-        "gram": _gram,
-    }
 
     def _postponed(self, squares: Tensor, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
         def combine(factors: Tensor, finite: Tensor) -> Tensor:

@@ -22,7 +22,16 @@ from torch.nn import functional
 
 from monai_privacy.mechanisms.clipping.convolution import zeroed
 from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients
-from monai_privacy.mechanisms.clipping.operation import Choose, Found, NormMethod, OperationRule, Wanted, by_unit, wide
+from monai_privacy.mechanisms.clipping.operation import (
+    Choose,
+    Found,
+    NormMethod,
+    OperationRule,
+    Wanted,
+    by_unit,
+    unit_products,
+    wide,
+)
 from monai_privacy.mechanisms.clipping.precision import full_precision
 from monai_privacy.mechanisms.clipping.units import Units
 
@@ -85,7 +94,9 @@ class LinearRule(OperationRule):
 
 
 def _product(x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
-    return UnitGradients(units.sum(wide(torch.bmm(gradient.transpose(1, 2), x))))
+    values = weight.new_empty((units.number, *weight.shape), dtype=wide(weight[:0]).dtype)
+    unit_products(gradient.transpose(1, 2), x, units, values)
+    return UnitGradients(values)
 
 
 def _gram(x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from monai_privacy.mechanisms.clipping.materials import Material, UnitGradients
@@ -33,12 +34,14 @@ class NormMethod:
         held: bytes that stay until the clip factors are known.
         temporary: bytes beside that, while it works.
         arithmetic: estimated multiplications and additions, the forming of the clipped sum included.
+        instead_of: name of a method that is better wherever its memory is there.
     """
 
     name: str
     held: int
     temporary: int
     arithmetic: float
+    instead_of: str | None = None
 
 
 class Choose(Protocol):
@@ -114,6 +117,21 @@ class OperationRule(ABC):
 def by_unit(rows: Tensor, units: Units, like: Tensor) -> UnitGradients:
     """(R, ...) gradients of rows to those of units, of the shape of ``like``."""
     return UnitGradients(units.sum(rows).reshape(units.number, *like.shape))
+
+
+def unit_products(gradients: Tensor, inputs: Tensor, units: Units, out: Tensor) -> None:
+    """(R, N, L) and (R, L, M) matrices to ``out``, the (P, N, M) sums of their products over the rows of each unit."""
+    if gradients.dtype != out.dtype or (gradients.is_cuda and units.rows > units.number):
+        out.copy_(units.sum(wide(torch.bmm(gradients, inputs))))
+    elif units.rows == units.number:
+        torch.bmm(gradients, inputs, out=out)
+    else:
+        # A sum grows in the cache, where a product for each row would go through memory twice.
+        for total, rows in zip(out.unbind(), units.slices(), strict=True):
+            first, *others = zip(gradients[rows].unbind(), inputs[rows].unbind(), strict=True)
+            torch.mm(*first, out=total)
+            for gradient, x in others:
+                total.addmm_(gradient, x)
 
 
 def wide(tensor: Tensor) -> Tensor:

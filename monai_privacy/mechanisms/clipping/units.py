@@ -69,6 +69,16 @@ class Units:
         """(P,) values of units to (R,) values of rows."""
         return values if self.rows == self.number else values[self._owner(values.device)]
 
+    def runs(self, most: int) -> Iterator[tuple[slice, Units]]:
+        """Units one after the other, in runs of up to ``most`` rows or of one unit: their rows, and they alone."""
+        first, start, stop = 0, 0, 0
+        for unit, count in enumerate(self.counts):
+            if unit > first and stop - start + count > most:
+                yield slice(start, stop), Units(self.counts[first:unit])
+                first, start = unit, stop
+            stop += count
+        yield slice(start, stop), self if first == 0 else Units(self.counts[first:])
+
     def blocks(self, most: int) -> Iterator[tuple[Tensor | slice, Tensor | slice, Units]]:
         """Up to ``most`` units of as many rows each at a time: their numbers, their rows, and they as units alone."""
         if self.equal:
