@@ -95,15 +95,15 @@ def _with_low_rank(network: nn.Module) -> nn.Module:
 Case = tuple[Callable[[], nn.Module], tuple[int, ...], int]
 NETWORKS: dict[str, Case] = {
     "ResNet9 224²": (lambda: ResNet9(spatial_dims=2, in_channels=1, out_channels=2), (1, 224, 224), 16),
-    "DenseNet121 224²": (lambda: _densenet(2), (1, 224, 224), 16),
-    "ResNet-18 224²": (lambda: _resnet18(2), (1, 224, 224), 16),
+    "DenseNet121 224²": (lambda: _densenet(2), (1, 224, 224), 8),
+    "ResNet-18 224²": (lambda: _resnet18(2), (1, 224, 224), 8),
     "ResNet-18 3D 64³": (lambda: _resnet18(3), (1, 64, 64, 64), 8),
-    "DenseNet121 3D 64³": (lambda: _densenet(3), (1, 64, 64, 64), 8),
-    "ResNet-18 224², head only": (lambda: _only(_resnet18(2), "fc."), (1, 224, 224), 16),
-    "ResNet-18 224², biases only": (lambda: _only(_resnet18(2), "bias"), (1, 224, 224), 16),
-    "ResNet-18 224², norms and head": (lambda: _only(_resnet18(2), "bn", "downsample.1", "fc."), (1, 224, 224), 16),
-    "ResNet-18 224², LoRA": (lambda: _with_low_rank(_resnet18(2)), (1, 224, 224), 16),
-    "ResNet-18 224², last stage": (lambda: _only(_resnet18(2), "layer4", "fc."), (1, 224, 224), 16),
+    "DenseNet121 3D 64³": (lambda: _densenet(3), (1, 64, 64, 64), 4),
+    "ResNet-18 224², head only": (lambda: _only(_resnet18(2), "fc."), (1, 224, 224), 8),
+    "ResNet-18 224², biases only": (lambda: _only(_resnet18(2), "bias"), (1, 224, 224), 8),
+    "ResNet-18 224², norms and head": (lambda: _only(_resnet18(2), "bn", "downsample.1", "fc."), (1, 224, 224), 8),
+    "ResNet-18 224², LoRA": (lambda: _with_low_rank(_resnet18(2)), (1, 224, 224), 8),
+    "ResNet-18 224², last stage": (lambda: _only(_resnet18(2), "layer4", "fc."), (1, 224, 224), 8),
 }
 
 
@@ -170,7 +170,7 @@ def _seconds(step: Callable[[], None], device: str) -> float:
 
 
 def memory(name: str, contender: str, device: str, amp: bool) -> float | None:
-    """Peak MB above the loaded network of three steps, in a fresh process; None where the contender cannot run."""
+    """Peak MB above the loaded network of two steps, in a fresh process; None where the contender cannot run."""
     # Freed memory goes back to the system at once, so that the peak is what was in use.
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     context = multiprocessing.get_context("spawn")
@@ -191,7 +191,7 @@ def _peak(name: str, contender: str, device: str, amp: bool, threads: int) -> fl
         del plain
         step = CONTENDERS[contender](network, images, labels, amp)
         before = _reset_peak(device)
-        for _ in range(3):
+        for _ in range(2):
             step()
         return (_read_peak(device) - before) / 2**20
     except Exception:  # told by the times

@@ -22,15 +22,12 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
-from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
 from torch.utils.data import DataLoader
 
-from monai_privacy.accounting.ledger import LedgerEntry, PrivacyLedger
-from monai_privacy.accounting.ledger_file import LedgerError
-from monai_privacy.accounting.values import PrivacyBudgetError
+from monai_privacy.accounting.ledger import PrivacyLedger
 from monai_privacy.data.loading import (
     PATIENT_KEY,
     BatchPart,
@@ -42,6 +39,7 @@ from monai_privacy.data.loading import (
     units_of,
 )
 from monai_privacy.distributed import ProcessGroup
+from monai_privacy.ledger_conduct import LedgerConduct
 from monai_privacy.mechanisms.clipping import ClippingMethod, GradientClipper
 from monai_privacy.mechanisms.losses import RowLoss
 from monai_privacy.mechanisms.noise import InsecureNoise, NoiseSource, SystemNoise
@@ -51,9 +49,11 @@ from monai_privacy.networks import find_updated_buffers, require_privately_train
 from monai_privacy.plan import DPSGDPlan
 from monai_privacy.requirements import (
     assumptions_of,
+    differences,
     is_row_wise,
     refuse_unsupported,
     refuse_validation_on_training_patients,
+    rows_of_batch,
     unnoised_by,
 )
 from monai_privacy.train_statistics import NO_STATISTICS, merged, training_statistics
@@ -176,16 +176,24 @@ class DPSupervisedTrainer(SupervisedTrainer):
         self._clipping: tuple[tuple[int, ...], GradientClipper] | None = None
         self._release_train_statistics = release_train_statistics
         refuse_validation_on_training_patients(handlers, loader.dataset.units, plan.unit, patient_key)  # type: ignore[attr-defined]
-        self._unnoised = unnoised_by(handlers, release_train_statistics)
-        self._not_private = () if self._noise.is_secret else ("insecure_seed was set: the noise can be repeated",)
-        self._assumptions = (*assumptions_of(plan, plain, loss_function, handlers), *assumptions)
+        self._conduct = LedgerConduct(
+            plan,
+            ledger,
+            self._group,
+            unnoised=unnoised_by(handlers, release_train_statistics),
+            assumptions=(*assumptions_of(plan, plain, loss_function, handlers), *assumptions),
+            not_private=() if self._noise.is_secret else ("insecure_seed was set: the noise can be repeated",),
+        )
         self._probed = False
         self._stopping = False
         setattr(self.state, _ENTRY, None)
         self.state_dict_user_keys.append(_ENTRY)
         self.add_event_handler(Events.EPOCH_STARTED, self._require_budget)
         self.add_event_handler(Events.EPOCH_COMPLETED, self._end_run_if_stopping)
-        self._say_what_differs(getattr(self, "_dropped", []), loader)
+        patients = loader.batch_sampler.num_patients * self._group.size  # type: ignore[union-attr]
+        steps = (self.state.max_epochs, self.state.epoch_length)
+        for warning in differences(plan, patients, self._group.size, *steps, getattr(self, "_dropped", [])):
+            self.logger.warning(warning)
 
     @property
     def ledger_entry(self) -> str | None:
@@ -202,9 +210,9 @@ class DPSupervisedTrainer(SupervisedTrainer):
         # Refused before the engine starts: on an error inside it, a CheckpointSaver(save_final=True) would write the
         # untrained network over a model.
         if self.ledger_entry is None:
-            self._group.first_does(self._require_room)
+            self._conduct.require_room()
         else:
-            self._require_steps_left()
+            self._conduct.require_steps_left(self.ledger_entry)
         # Not Trainer.run: it makes a gradient scaler for amp, and scaled gradients would all be clipped.
         self.scaler = None
         self._stopping = False
@@ -251,7 +259,8 @@ class DPSupervisedTrainer(SupervisedTrainer):
         self, part: BatchPart, parameters: list[nn.Parameter], statistics: list[dict[str, Tensor]]
     ) -> tuple[Tensor, ...]:
         patient_index = part.patient_index
-        inputs, targets, args, kwargs = self._prepare(part.data, len(patient_index))
+        batch = self.prepare_batch(part.data, self.state.device, self.non_blocking, **self.to_kwargs)
+        inputs, targets, args, kwargs = rows_of_batch(batch, len(patient_index))
         forward = self._forward(args, kwargs, len(patient_index))
         if not self._probed:
             self._probe(forward, inputs, targets)
@@ -298,32 +307,11 @@ class DPSupervisedTrainer(SupervisedTrainer):
     def _release(self, parameters: Sequence[nn.Parameter], sums: Sequence[Tensor]) -> None:
         """Record the step, then give the parameters the noised mean gradient."""
         # Recorded first: a crash after this line over-counts, never under-counts.
-        self._group.first_does(lambda: self.ledger.record_step(self.state.ledger_entry))
+        self._conduct.record_step(self.state.ledger_entry)
         if self._group.is_first:
             sums = self._noise.add_gaussian(sums, self.plan.noise_std)
         for parameter, noised in zip(parameters, self._group.sum(sums), strict=True):
             parameter.grad = noised / self.plan.expected_batch_size
-
-    def _prepare(self, data: Any, rows: int) -> tuple[Tensor, Tensor, tuple, dict]:
-        batch = self.prepare_batch(data, self.state.device, self.non_blocking, **self.to_kwargs)
-        inputs, targets, args, kwargs = (*batch, (), {}) if len(batch) == 2 else batch
-        if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
-            raise ValueError(
-                f"prepare_batch gave {type(inputs).__name__} and {type(targets).__name__}: the rows of a patient can be "
-                "told apart only in tensors. Return tensors with one row for each image."
-            )
-        if not len(inputs) == len(targets) == rows:
-            raise ValueError(
-                f"the batch has {len(inputs)} inputs and {len(targets)} targets for {rows} samples: it is unknown which "
-                "rows are whose. Let the collate function keep one row for each sample or crop."
-            )
-        # Plain tensors: indexing metadata row by row costs more than a small network.
-        return (
-            convert_to_tensor(inputs, track_meta=False),
-            convert_to_tensor(targets, track_meta=False),
-            args,
-            kwargs,
-        )
 
     def _forward(self, args: Any, kwargs: Any, rows_in_batch: int) -> Callable[[Tensor, Tensor], Any]:
         autocast_kwargs = {"dtype": torch.bfloat16} | self.amp_kwargs
@@ -372,26 +360,8 @@ class DPSupervisedTrainer(SupervisedTrainer):
     def _require_budget(self, engine: Engine) -> None:
         """Begin or continue the ledger entry, and refuse an epoch of which not even one step fits."""
         require_unchanged(self.data_loader, unit=self.plan.unit, patient_key=self._patient_key)
-        if self.ledger_entry is None:
-            setattr(self.state, _ENTRY, self._group.first_says(self._begin_entry))
-        self._require_same_run(self.ledger.entry(self.state.ledger_entry))
-        self._require_steps_left()
-
-    def _require_room(self) -> None:
-        self.ledger.require_room(
-            step=self.plan.step_event,
-            planned_steps=self.plan.steps,
-            unit=self.plan.unit,
-            not_private=self._not_private,
-        )
-
-    def _require_steps_left(self) -> None:
-        if self._steps_left() < 1:
-            entry = self.ledger.entry(self.state.ledger_entry)
-            raise PrivacyBudgetError(
-                f"entry {entry.entry_id[:8]} of {self.ledger.path} has no step left of {entry.planned_steps} planned "
-                f"({entry.steps} recorded) within budget {self.ledger.budget}: nothing was released. Plan a new run."
-            )
+        setattr(self.state, _ENTRY, self._conduct.begin_or_continue(self.ledger_entry, self.state.iteration))
+        self._conduct.require_steps_left(self.state.ledger_entry)
 
     def _require_common_data(self, loader: Any, patient_key: str) -> None:
         if self._group.size == 1:
@@ -403,46 +373,8 @@ class DPSupervisedTrainer(SupervisedTrainer):
                 "Give each process the whole dataset (no partition_dataset); the Poisson draw divides the patients."
             )
 
-    def _require_same_run(self, entry: LedgerEntry) -> None:
-        """A resumed run keeps its plan and lets out no more than its entry says."""
-        if dict(entry.facts) != self.plan.to_dict() or (entry.step, entry.unit) != (
-            self.plan.step_event,
-            self.plan.unit,
-        ):
-            raise ValueError(
-                f"the checkpoint continues entry {entry.entry_id[:8]}, planned as {dict(entry.facts)}, but the plan is "
-                f"now {self.plan.to_dict()}: a run keeps its plan. Resume with that plan, or load the network alone."
-            )
-        more = {*self._not_private, *self._unnoised, *self._assumptions}
-        more -= {*entry.not_private, *entry.unnoised, *entry.assumptions}
-        if more:
-            raise ValueError(
-                f"the checkpoint continues entry {entry.entry_id[:8]}, which does not have: {'; '.join(sorted(more))}. "
-                "Resume with the settings of that run, or load the network alone to begin a new entry."
-            )
-        if self.state.iteration > entry.steps:
-            raise LedgerError(
-                f"the checkpoint is at step {self.state.iteration}, but {self.ledger.path} has only {entry.steps} steps of "
-                "this run: it is an older copy. Put the newest ledger back; nothing was released."
-            )
-
-    def _begin_entry(self) -> str:
-        return self.ledger.begin(
-            step=self.plan.step_event,
-            planned_steps=self.plan.steps,
-            delta=self.plan.delta,
-            unit=self.plan.unit,
-            facts=self.plan.to_dict(),
-            unnoised=self._unnoised,
-            assumptions=self._assumptions,
-            not_private=self._not_private,
-        )
-
-    def _steps_left(self) -> int:
-        return self._group.first_says(lambda: self.ledger.steps_left(self.state.ledger_entry))
-
     def _stop_if_next_step_does_not_fit(self) -> None:
-        if self._steps_left() > 0:
+        if self._conduct.steps_left(self.state.ledger_entry) > 0:
             return
         self._stopping = True
         if self.state.iteration % self.state.epoch_length:
@@ -456,23 +388,3 @@ class DPSupervisedTrainer(SupervisedTrainer):
                 f"plan's {self.plan.steps} steps or the budget {self.ledger.budget}."
             )
             self.terminate()
-
-    def _say_what_differs(self, dropped: Sequence[str], loader: DataLoader) -> None:
-        patients = loader.batch_sampler.num_patients * self._group.size  # type: ignore[union-attr]
-        if abs(patients - self.plan.num_patients) > max(self._group.size, 0.05 * self.plan.num_patients):
-            self.logger.warning(
-                f"The data has about {patients} {self.plan.unit}s, the plan says {self.plan.num_patients}: the guarantee "
-                f"holds, but batches will have about {patients * self.plan.sample_rate:.0f} of them, not "
-                f"{self.plan.expected_batch_size}."
-            )
-        steps = self.state.max_epochs * self.state.epoch_length
-        if steps != self.plan.steps:
-            self.logger.warning(
-                f"max_epochs {self.state.max_epochs} times epoch_length {self.state.epoch_length} are {steps} steps, the "
-                f"plan has {self.plan.steps}: the run ends at the smaller, with noise made for the plan."
-            )
-        if dropped:
-            self.logger.warning(
-                f"{' and '.join(dropped)} left out: training metrics are not noised. Measure on validation patients, or "
-                "set release_train_statistics=True and the report will say so."
-            )

@@ -13,13 +13,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from monai.engines.utils import PrepareBatchDefault, PrepareBatchExtraInput, default_prepare_batch
 from monai.handlers import ValidationHandler
-from torch import nn
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from monai_privacy.data.loading import units_of
@@ -33,6 +34,27 @@ def is_row_wise(prepare_batch: Callable[..., Any]) -> bool:
         PrepareBatchDefault,
         PrepareBatchExtraInput,
     )
+
+
+def rows_of_batch(batch: Any, rows: int) -> tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Any]]:
+    """What a prepare_batch gave: inputs and targets of so many rows, and the network's further arguments.
+
+    Raises:
+        ValueError: where it is not to be seen which rows are whose.
+    """
+    inputs, targets, args, kwargs = (*batch, (), {}) if len(batch) == 2 else batch
+    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+        raise ValueError(
+            f"prepare_batch gave {type(inputs).__name__} and {type(targets).__name__}: the rows of a patient can be "
+            "told apart only in tensors. Return tensors with one row for each image."
+        )
+    if not len(inputs) == len(targets) == rows:
+        raise ValueError(
+            f"the batch has {len(inputs)} inputs and {len(targets)} targets for {rows} samples: it is unknown which "
+            "rows are whose. Let the collate function keep one row for each sample or crop."
+        )
+    # Plain tensors: indexing metadata row by row costs more than a small network.
+    return convert_to_tensor(inputs, track_meta=False), convert_to_tensor(targets, track_meta=False), args, kwargs
 
 
 def refuse_unsupported(network: nn.Module, optimizer: Optimizer, kwargs: dict[str, Any]) -> None:
@@ -113,3 +135,24 @@ def refuse_validation_on_training_patients(handlers: Any, units: Sequence[str], 
                 f"{both} {unit}s are both trained on and validated on: their metrics would leave without noise. Split by "
                 "patient (monai_privacy.data.split_patients)."
             )
+
+
+def differences(
+    plan: DPSGDPlan, patients: int, processes: int, max_epochs: int, epoch_length: int, dropped: Sequence[str]
+) -> Iterator[str]:
+    """What a run does otherwise than its numbers or arguments say, and why the guarantee holds all the same."""
+    if abs(patients - plan.num_patients) > max(processes, 0.05 * plan.num_patients):
+        yield (
+            f"The data has about {patients} {plan.unit}s, the plan says {plan.num_patients}: the guarantee holds, but "
+            f"batches will have about {patients * plan.sample_rate:.0f} of them, not {plan.expected_batch_size}."
+        )
+    if max_epochs * epoch_length != plan.steps:
+        yield (
+            f"max_epochs {max_epochs} times epoch_length {epoch_length} are {max_epochs * epoch_length} steps, the plan has "
+            f"{plan.steps}: the run ends at the smaller, with noise made for the plan."
+        )
+    if dropped:
+        yield (
+            f"{' and '.join(dropped)} left out: training metrics are not noised. Measure on validation patients, or set "
+            "release_train_statistics=True and the report will say so."
+        )

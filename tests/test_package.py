@@ -32,7 +32,7 @@ LAYERS = [
     ["accounting"],
     ["mechanisms", "networks"],
     ["data", "plan", "report", "distributed"],
-    ["requirements", "train_statistics"],
+    ["requirements", "train_statistics", "ledger_conduct"],
     ["engines"],
     ["handlers"],
     ["figures", "errors", "bundle"],

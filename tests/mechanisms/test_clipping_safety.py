@@ -130,16 +130,6 @@ class Prompt(nn.Module):
         return features + self.layer(self.prompt)
 
 
-class ClassToken(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.token, self.layer = nn.Parameter(torch.ones(1, 1, 4)), nn.Linear(4, 4)
-
-    def forward(self, features):
-        tokens = torch.cat([self.token.expand(len(features), 1, 4), features[:, None]], 1)
-        return torch.tanh(self.layer(tokens)).mean(1)
-
-
 class Bilinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +249,6 @@ UNHEARD = {
     "heard and not": (HeardAndNot, "between.layer.weight"),
     "part of a weight": (PartOfWeight, "between.layer.weight"),
     "prompt": (Prompt, ""),
-    "class token": (ClassToken, "between.token"),
     "bilinear": (Bilinear, "between.layer.weight"),
     "lstm": (lambda: Recurrent(nn.LSTM, batch_first=True), "between.layer"),
     "gru, steps first": (lambda: Recurrent(nn.GRU, batch_first=False), "between.layer"),
@@ -282,7 +271,7 @@ def test_a_parameter_that_is_used_unheard(name):
     assert_goes_the_slow_way(made(lambda: Network(between=make())), batch(), says=says)
 
 
-@pytest.mark.parametrize("name", ["bare parameter", "class token", "weight norm"])
+@pytest.mark.parametrize("name", ["bare parameter", "weight norm"])
 def test_a_frozen_parameter_may_be_used_unheard(name):
     network = made(lambda: Network(between=UNHEARD[name][0]()))
     for parameter in network.between.parameters():

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function
 
+from monai_privacy.mechanisms.clipping.bare import AddRule, ExpandRule
 from monai_privacy.mechanisms.clipping.convolution import ConvolutionRule
 from monai_privacy.mechanisms.clipping.linear import EmbeddingRule, LinearRule
 from monai_privacy.mechanisms.clipping.normalization import ChannelAffineRule, GroupNormRule, LayerNormRule, PReLURule
@@ -181,6 +182,33 @@ def _prelu(input: Tensor, weight: Tensor) -> Call | None:
     return Call(PReLURule(), input, weight) if input.dim() >= 2 or weight.numel() == 1 else None
 
 
+def _add(input: Any, other: Any, *, alpha: Any = 1, out: Tensor | None = None) -> Call | None:
+    # Most sums have no parameter: this must be quick.
+    if (type(input) is nn.Parameter) is (type(other) is nn.Parameter):
+        return None
+    x, bias = (other, input) if type(input) is nn.Parameter else (input, other)
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 1 or alpha != 1 or out is not None:
+        return None
+    same_for_each_row = bias.dim() < x.dim() or (bias.dim() == x.dim() and bias.shape[0] == 1)
+    if not same_for_each_row or torch.broadcast_shapes(x.shape, bias.shape) != x.shape:
+        return None
+    return Call(AddRule(), x, None, bias)
+
+
+def _expand(input: Tensor, *sizes: Any, **kwargs: Any) -> Call | None:
+    wanted = tuple(sizes[0]) if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    if (
+        type(input) is not nn.Parameter
+        or len(wanted) != input.dim()
+        or input.dim() < 2
+        or input.shape[0] != 1
+        or kwargs
+    ):
+        return None
+    rows, *shape = (size if asked == -1 else asked for size, asked in zip(input.shape, wanted, strict=True))
+    return Call(ExpandRule(tuple(shape)), input.new_empty((rows, 0)), input)
+
+
 _READERS: dict[Any, Callable[..., Call | None]] = {
     functional.linear: _linear,
     functional.group_norm: _group_norm,
@@ -190,6 +218,11 @@ _READERS: dict[Any, Callable[..., Call | None]] = {
     functional.prelu: _prelu,
     torch.prelu: _prelu,
     channel_affine: _channel_affine,
+    torch.add: _add,
+    Tensor.add: _add,
+    Tensor.__add__: _add,
+    Tensor.__radd__: _add,
+    Tensor.expand: _expand,
     functional.conv1d: _convolution(1),
     functional.conv2d: _convolution(2),
     functional.conv3d: _convolution(3),

@@ -25,7 +25,7 @@ from monai_privacy.mechanisms.clipping.interception import Key
 from monai_privacy.mechanisms.clipping.microbatch import microbatch_sum
 from monai_privacy.mechanisms.clipping.one_pass import NotSeenError, UseCost, one_pass_sum
 from monai_privacy.mechanisms.clipping.opacus_hooks import opacus_sum
-from monai_privacy.mechanisms.clipping.ownership import MOST_PROBED_ROWS, find_fault
+from monai_privacy.mechanisms.clipping.ownership import batches_alike, find_fault
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 from monai_privacy.mechanisms.losses import RowLoss
 from monai_privacy.mechanisms.probe import require_independent_rows
@@ -138,9 +138,13 @@ class GradientClipper:
                 max_grad_norm,
                 observe=observe,
             )
-        # Few rows prove nothing for many, so the probe is made again with more of them, up to a point.
-        probed_rows = min(MOST_PROBED_ROWS, len(chunk.rows)).bit_length()
-        case = (self._network.training, chunk.inputs.shape[1:], chunk.inputs.dtype, probed_rows)
+        # A patient alone costs as little by plain autograd, and no probe needs memory for more of them.
+        if self._method == "auto" and chunk.units.number == 1 and meter is None:
+            return microbatch_sum(
+                forward, self._row_loss, chunk, parameters, max_grad_norm, max_rows=max_rows, observe=observe
+            )
+        alike = batches_alike(len(chunk.rows))
+        case = (self._network.training, chunk.inputs.shape[1:], chunk.inputs.dtype, alike)
         if self._method != "microbatch" and case not in self._cases:
             self._cases.add(case)
             if reason := _is_opaque(self._network) or self._probe(forward, chunk, parameters):

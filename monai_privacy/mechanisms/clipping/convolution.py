@@ -204,8 +204,9 @@ class ConvolutionRule(OperationRule):
         rows = len(x)
         folded = replace(self, groups=rows * self.groups)
         values = folded._weight_gradient(
-            x.reshape(1, -1, *x.shape[2:]),
-            gradient.reshape(1, -1, *gradient.shape[2:]),
+            # By way of one dimension: a map of one pixel would keep strides by which torch takes it for channels-last.
+            x.reshape(-1).view(1, -1, *x.shape[2:]),
+            gradient.reshape(-1).view(1, -1, *gradient.shape[2:]),
             weight.new_empty((rows * weight.shape[0], *weight.shape[1:])),  # only its shape is asked for
         )
         return values.unflatten(0, (rows, -1))

@@ -122,7 +122,7 @@ class Interception(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return self._run(call)
 
-    def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter], *, retain_graph: bool = False) -> list[int]:
+    def gradients(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> list[int]:
         """Run the backward pass; return the positions of parameters that were used where it was not heard."""
         # Checkpointed parts are run again inside of the backward pass: those calls are no further uses.
         self._replaying = True
@@ -130,7 +130,7 @@ class Interception(TorchFunctionMode):
             # Not torch.autograd.grad: as a torch function it takes the mode off, and those calls would not be heard.
             with self:
                 found = _engine_run_backward(
-                    (loss,), (torch.ones_like(loss),), retain_graph, False, tuple(parameters), True, False
+                    (loss,), (torch.ones_like(loss),), False, False, tuple(parameters), True, False
                 )
         finally:
             self._replaying = False

@@ -25,8 +25,9 @@ from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.units import Units
 from monai_privacy.mechanisms.probe import synthetic_rows, synthetic_targets
 
-_FEWEST_ROWS = 5
-MOST_PROBED_ROWS = 32
+_FEWEST_ROWS = 2
+_MOST_ROWS = 32
+_EACH_BY_ITSELF = 8
 _TOLERANCE = 1e-5
 
 
@@ -34,11 +35,13 @@ class OwnershipProbe(Listener):
     """Notes of each use what its input rows are, and the gradients that its output rows receive.
 
     The weights are replaced by random ones: a layer that starts at zero (a new head, LoRA) would stop the gradient.
+
+    Args:
+        weights: random weights by identity of the parameter, to be filled and shared between probes.
     """
 
-    def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-        self._values: dict[int, Tensor] = {}
+    def __init__(self, weights: dict[int, Tensor]) -> None:
+        self._weights = weights
         self.touched: dict[int, Tensor] = {}
         self.seen: dict[int, Tensor] = {}
 
@@ -47,13 +50,14 @@ class OwnershipProbe(Listener):
         weight = call.weight
         if weight is None:
             return None, call.bias
-        value = self._values.get(id(weight))
+        value = self._weights.get(id(weight))
         if value is None:
-            noise = torch.randn(weight.shape, generator=self._generator, dtype=weight.dtype).to(weight.device)
+            generator = torch.Generator().manual_seed(len(self._weights))
+            noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
             fan_in = max(1, weight[0].numel()) if weight.dim() > 1 else 1
             value = noise / fan_in**0.5 if weight.dim() > 1 else 1 + 0.1 * noise
-            # A checkpointed part that is run again must find the same weights.
-            self._values[id(weight)] = value
+            # A checkpointed part that is run again must find the same weights, and so must the next probe.
+            self._weights[id(weight)] = value
         # Still a function of the parameter, so that the backward pass comes through here.
         return weight + (value - weight).detach(), call.bias
 
@@ -82,6 +86,18 @@ def _summary(values: Tensor) -> Tensor:
     return torch.stack([flat.abs() @ ramp, flat @ ramp], 1)
 
 
+def probed_rows(rows: int) -> int:
+    """How many synthetic rows are looked at for a batch of so many: as many, since a network may mix one row with the
+    third after it, and no more, since memory may not hold them; but at most 32."""
+    return max(_FEWEST_ROWS, min(_MOST_ROWS, rows))
+
+
+def batches_alike(rows: int) -> int:
+    """The same number for batches for which one probe will do: each size by itself, larger ones by power of two."""
+    rows = probed_rows(rows)
+    return rows if rows < _EACH_BY_ITSELF else _EACH_BY_ITSELF + rows.bit_length()
+
+
 def find_fault(
     parameters: Sequence[nn.Parameter],
     names: Sequence[str],
@@ -103,41 +119,49 @@ def find_fault(
         parameters: the trained parameters.
         names: their names.
         row_losses: (R, ...) inputs and (R, ...) targets to (R,) losses.
-        inputs: any batch of at least one row; only its shape, dtype and device are used, and up to 32 rows.
+        inputs: any batch of at least one row; only its shape, dtype and device are used (see ``probed_rows``).
         targets: likewise.
 
     Returns:
         What was called on what (see ``Pass.key``), and why gradients cannot be told apart by rows; empty if they can.
     """
-    rows = max(_FEWEST_ROWS, min(MOST_PROBED_ROWS, len(inputs)))
+    rows = probed_rows(len(inputs))
     first_targets = synthetic_targets(targets, rows)
-    probe, mode, losses = _run(parameters, row_losses, synthetic_rows(inputs, rows), first_targets)
-    key = mode.heard.key(rows)
-    if key is None:
-        return None, "a layer sees a number of rows that is no multiple of the batch's"
-    reached = torch.zeros(len(mode.heard.uses), dtype=torch.bool)
+    weights: dict[int, Tensor] = {}
+    key: tuple[Key, ...] | None = None
+    reached: Tensor | None = None
+    # A forward pass for each question: a graph that is kept for several takes nearly twice the memory of training.
     for row in (0, rows // 2, rows - 1):
-        probe.touched.clear()
-        unheard = mode.gradients(losses[row], parameters, retain_graph=True)
+        probe, mode, losses = _run(weights, parameters, row_losses, synthetic_rows(inputs, rows), first_targets)
+        key = mode.heard.key(rows)
+        if key is None:
+            return None, "a layer sees a number of rows that is no multiple of the batch's"
+        unheard = mode.gradients(losses[row], parameters)
         if unheard:
             return key, f"{names[unheard[0]]} is used by an operation without a rule"
+        reached = torch.zeros(len(mode.heard.uses), dtype=torch.bool) if reached is None else reached
         for number, touched in probe.touched.items():
             own = touched.unflatten(0, (rows, -1))
             if own.sum() > own[row].sum():
                 return key, _mixes(mode.heard.uses[number], names)
             reached[number] |= bool(own[row].any())
+        del losses
+    assert reached is not None
     if not bool(reached.all()):
         use = mode.heard.uses[int((~reached).nonzero()[0])]
         return key, f"{use.operation.name} of {names[use.parameters[0]]} received no gradient from synthetic rows"
+    probe, mode, losses = _run(weights, parameters, row_losses, synthetic_rows(inputs, rows), first_targets)
     mode.gradients(losses.sum(), parameters)
+    del losses
     for row, changed_inputs, changed_targets in _with_another_row(inputs, first_targets, rows):
         try:
-            other, other_mode, other_losses = _run(parameters, row_losses, changed_inputs, changed_targets)
+            other, other_mode, other_losses = _run(weights, parameters, row_losses, changed_inputs, changed_targets)
         except (IndexError, RuntimeError):  # a label or a word that is not taken here: no evidence either way
             continue
         if other_mode.heard.key(rows) != key:
             return key, "what the network calls depends on what it sees"
         other_mode.gradients(other_losses.sum(), parameters)
+        del other_losses
         for number, seen in probe.seen.items():
             if not _same_but(row, seen.unflatten(0, (rows, -1)), other.seen[number].unflatten(0, (rows, -1))):
                 return key, _mixes(mode.heard.uses[number], names)
@@ -145,12 +169,13 @@ def find_fault(
 
 
 def _run(
+    weights: dict[int, Tensor],
     parameters: Sequence[nn.Parameter],
     row_losses: Callable[[Tensor, Tensor], Tensor],
     inputs: Tensor,
     targets: Tensor,
 ) -> tuple[OwnershipProbe, Interception, Tensor]:
-    probe = OwnershipProbe()
+    probe = OwnershipProbe(weights)
     mode = Interception(parameters, probe)
     # Dropout falls alike in each run; outside the fork the user's random state does not move.
     with torch.random.fork_rng(devices=[inputs.device] if inputs.device.type == "cuda" else []):

@@ -1,0 +1,135 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""How a training run behaves towards its ledger: it asks for room, begins or continues an entry, records each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monai_privacy.accounting.ledger import LedgerEntry, PrivacyLedger
+from monai_privacy.accounting.ledger_file import LedgerError
+from monai_privacy.accounting.values import PrivacyBudgetError
+from monai_privacy.distributed import ProcessGroup
+from monai_privacy.plan import DPSGDPlan
+
+
+class LedgerConduct:
+    """A run's dealings with its ledger; of several processes, the first one's.
+
+    Args:
+        plan: the run's numbers.
+        ledger: where they are recorded.
+        group: the processes of the run.
+        unnoised: what leaves without noise, in words.
+        assumptions: what the claim rests on.
+        not_private: why the run is not private at all; empty where it is.
+    """
+
+    def __init__(
+        self,
+        plan: DPSGDPlan,
+        ledger: PrivacyLedger,
+        group: ProcessGroup,
+        *,
+        unnoised: Sequence[str],
+        assumptions: Sequence[str],
+        not_private: Sequence[str],
+    ) -> None:
+        self._plan = plan
+        self._ledger = ledger
+        self._group = group
+        self._unnoised = tuple(unnoised)
+        self._assumptions = tuple(assumptions)
+        self._not_private = tuple(not_private)
+
+    def require_room(self) -> None:
+        """Refuse a new run of which not even one step fits.
+
+        Raises:
+            PrivacyBudgetError: then; nothing is written.
+        """
+        self._group.first_does(
+            lambda: self._ledger.require_room(
+                step=self._plan.step_event,
+                planned_steps=self._plan.steps,
+                unit=self._plan.unit,
+                not_private=self._not_private,
+            )
+        )
+
+    def begin_or_continue(self, entry_id: str | None, iteration: int) -> str:
+        """The entry of a run that has done so many iterations; a new one where ``entry_id`` is None.
+
+        Raises:
+            ValueError: where the entry is that of another plan, or of a run that let out less.
+            LedgerError: where the ledger is older than the checkpoint.
+        """
+        found: str = self._group.first_says(self._begin) if entry_id is None else entry_id
+        self._require_same_run(self._ledger.entry(found), iteration)
+        return found
+
+    def record_step(self, entry_id: str) -> None:
+        """Write the next step down, before it is released."""
+        self._group.first_does(lambda: self._ledger.record_step(entry_id))
+
+    def steps_left(self, entry_id: str) -> int:
+        """How many more steps fit the plan and the budget."""
+        left: int = self._group.first_says(lambda: self._ledger.steps_left(entry_id))
+        return left
+
+    def require_steps_left(self, entry_id: str) -> None:
+        """Refuse to go on where not even one more step fits.
+
+        Raises:
+            PrivacyBudgetError: then.
+        """
+        if self.steps_left(entry_id) < 1:
+            entry = self._ledger.entry(entry_id)
+            raise PrivacyBudgetError(
+                f"entry {entry.entry_id[:8]} of {self._ledger.path} has no step left of {entry.planned_steps} planned "
+                f"({entry.steps} recorded) within budget {self._ledger.budget}: nothing was released. Plan a new run."
+            )
+
+    def _begin(self) -> str:
+        return self._ledger.begin(
+            step=self._plan.step_event,
+            planned_steps=self._plan.steps,
+            delta=self._plan.delta,
+            unit=self._plan.unit,
+            facts=self._plan.to_dict(),
+            unnoised=self._unnoised,
+            assumptions=self._assumptions,
+            not_private=self._not_private,
+        )
+
+    def _require_same_run(self, entry: LedgerEntry, iteration: int) -> None:
+        """A resumed run keeps its plan and lets out no more than its entry says."""
+        if dict(entry.facts) != self._plan.to_dict() or (entry.step, entry.unit) != (
+            self._plan.step_event,
+            self._plan.unit,
+        ):
+            raise ValueError(
+                f"the checkpoint continues entry {entry.entry_id[:8]}, planned as {dict(entry.facts)}, but the plan is "
+                f"now {self._plan.to_dict()}: a run keeps its plan. Resume with that plan, or load the network alone."
+            )
+        more = {*self._not_private, *self._unnoised, *self._assumptions}
+        more -= {*entry.not_private, *entry.unnoised, *entry.assumptions}
+        if more:
+            raise ValueError(
+                f"the checkpoint continues entry {entry.entry_id[:8]}, which does not have: {'; '.join(sorted(more))}. "
+                "Resume with the settings of that run, or load the network alone to begin a new entry."
+            )
+        if iteration > entry.steps:
+            raise LedgerError(
+                f"the checkpoint is at step {iteration}, but {self._ledger.path} has only {entry.steps} steps of this run: "
+                "it is an older copy. Put the newest ledger back; nothing was released."
+            )
