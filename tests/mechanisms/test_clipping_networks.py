@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_clipping_operations import assert_close, patient_by_patient
@@ -46,3 +48,10 @@ def test_equals_one_patient_at_a_time(name):
             GradientClipper(network, loss, method="one_pass")((inputs, targets), PATIENTS, bound)
     else:
         assert clipper.faults == ()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.needs == "monai"])
+def test_the_docs_say_which_path_it_takes(name):
+    lines = (Path(__file__).parents[2] / "docs" / "clipping.md").read_text(encoding="utf-8").splitlines()
+    path = f"one patient at a time: {CASES[name].fault}" if CASES[name].fault else "one pass |"
+    assert any(line.startswith(f"| {name} | {path}") for line in lines)
