@@ -173,7 +173,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
         self._max_physical_batch_size = max_physical_batch_size
         self._loader_batch_size = getattr(train_data_loader, "batch_size", None) or 1
         self._clipping_method: ClippingMethod = clipping_method
-        self._clipping: tuple[tuple[int, ...], GradientClipper] | None = None
+        self._clipping: tuple[tuple[Any, ...], GradientClipper] | None = None
         self._release_train_statistics = release_train_statistics
         refuse_validation_on_training_patients(handlers, loader.dataset.units, plan.unit, patient_key)  # type: ignore[attr-defined]
         self._conduct = LedgerConduct(
@@ -270,7 +270,8 @@ class DPSupervisedTrainer(SupervisedTrainer):
             predictions.append((rows, outputs.detach()))
 
         counts = torch.bincount(patient_index)
-        result = self._clipper(parameters)(
+        # No probe can vary what it does not know: rows with further arguments go through one patient at a time.
+        result = self._clipper(parameters, alone=bool(args or kwargs))(
             (inputs, targets),
             patient_index,
             self.plan.max_grad_norm,
@@ -290,15 +291,15 @@ class DPSupervisedTrainer(SupervisedTrainer):
             return self._max_physical_batch_size
         return max(self._loader_batch_size, _PIXELS // max(1, inputs[0].numel()))
 
-    def _clipper(self, parameters: list[nn.Parameter]) -> GradientClipper:
+    def _clipper(self, parameters: list[nn.Parameter], alone: bool) -> GradientClipper:
         """The clipper of these parameters: a scheduler that unfreezes layers gets a new one."""
-        key = tuple(id(parameter) for parameter in parameters)
+        key = (alone, *(id(parameter) for parameter in parameters))
         if self._clipping is None or self._clipping[0] != key:
             clipper = GradientClipper(
                 self._plain_network,
                 self._row_loss,
                 parameters=parameters,
-                method=self._clipping_method,
+                method="microbatch" if alone else self._clipping_method,
                 repeatable=not self._noise.is_secret,
             )
             self._clipping = (key, clipper)

@@ -41,6 +41,7 @@ ProblemKind = Literal[
     "tracked_instance_norm",
     "data_dependent_buffer",
     "spectral_norm",
+    "max_norm",
     "parallel_wrapper",
     "script_module",
     "quantized",
@@ -131,6 +132,11 @@ _UNINITIALIZED: _Finding = (
     "uninitialized",
     "a lazy layer takes its shape from the first batch of patients",
     "Run the network once on a synthetic batch, then check it again",
+)
+_MAX_NORM: _Finding = (
+    "max_norm",
+    "max_norm rescales the words that a batch has, in the weights themselves, un-clipped and un-noised",
+    "Make the layer without max_norm",
 )
 _FLOAT32 = "keep parameters in float32 and set amp=True for bf16 arithmetic"
 _PARAMETER_REMEDY = "Use a real floating-point parameter, or register_buffer if it is a constant"
@@ -289,6 +295,8 @@ def _judge_layer(module: nn.Module) -> _Finding | None:
         return _EMA_QUANTIZER
     if _has_spectral_norm(module):
         return _SPECTRAL_NORM
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+        return _MAX_NORM
     return None
 
 

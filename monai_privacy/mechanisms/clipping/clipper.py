@@ -13,9 +13,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,7 +28,7 @@ from monai_privacy.mechanisms.clipping.interception import Key
 from monai_privacy.mechanisms.clipping.microbatch import microbatch_sum
 from monai_privacy.mechanisms.clipping.one_pass import NotSeenError, UseCost, one_pass_sum
 from monai_privacy.mechanisms.clipping.opacus_hooks import opacus_sum
-from monai_privacy.mechanisms.clipping.ownership import batches_alike, find_fault
+from monai_privacy.mechanisms.clipping.ownership import WITHOUT_RULE, batches_alike, find_fault
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 from monai_privacy.mechanisms.losses import RowLoss
 from monai_privacy.mechanisms.probe import require_independent_rows
@@ -71,8 +74,9 @@ class GradientClipper:
         self._given = None if parameters is None else list(parameters)
         self._method = method
         self._chooser = MethodChooser(measure=not repeatable)
-        self._probed: dict[tuple[Key, ...] | None, str] = {}
-        self._trained: tuple[int, ...] = ()
+        self._probed: dict[object, str] = {}
+        self._trained: list[nn.Parameter] = []
+        self._modules: list[tuple[nn.Module, bool]] = []
         self._cases: set[object] = set()
         self._faults: dict[object, str] = {}
 
@@ -100,18 +104,29 @@ class GradientClipper:
     ) -> ClippedGradientSum:
         """See :func:`clipped_gradient_sum`; ``meter`` is told what each layer cost in the fast method."""
         parameters = self._parameters()
-        self._forget_unless(tuple(id(parameter) for parameter in parameters))
+        _check(parameters, max_grad_norm, row_weights, len(batch[0]), max_physical_batch_size)
+        self._forget_unless(parameters)
+        versions = _versions(self._network)
         call: Forward = (lambda inputs, rows: self._network(inputs)) if forward is None else forward
         total: ClippedGradientSum | None = None
         for chunk in chunks(batch, patient_index, row_weights, max_physical_batch_size):
             result = self._sum(call, chunk, parameters, max_grad_norm, max_physical_batch_size, observe, meter)
             total = result if total is None else total + result
+            if _versions(self._network) != versions:
+                raise ValueError(
+                    "the network writes into its own parameters when it is called (an embedding's max_norm does): what it "
+                    "learns there is neither clipped nor noised, so nothing is returned. Remove it."
+                )
         return ClippedGradientSum.nothing(parameters, 0, batch[0].device) if total is None else total
 
-    def _forget_unless(self, trained: tuple[int, ...]) -> None:
-        """What was learnt holds for the parameters that were trained then."""
-        if self._trained != trained:
-            self._trained = trained
+    def _forget_unless(self, trained: list[nn.Parameter]) -> None:
+        """What was learnt holds for the parameters that were trained then, and for the network as it was."""
+        modules = [(module, module.training) for module in self._network.modules()]
+        known = (*self._trained, *itertools.chain.from_iterable(self._modules))
+        found = (*trained, *itertools.chain.from_iterable(modules))
+        if len(known) != len(found) or any(a is not b for a, b in zip(known, found, strict=True)):
+            # Kept as they are, not their ids: those of things that are gone are given to others.
+            self._trained, self._modules = trained, modules
             self._cases.clear()
             self._probed.clear()
             self._faults.clear()
@@ -126,8 +141,13 @@ class GradientClipper:
         observe: Observe | None,
         meter: Meter | None,
     ) -> ClippedGradientSum:
+        alike = batches_alike(len(chunk.rows))
+        case = (
+            *(chunk.inputs.shape[1:], chunk.inputs.dtype, chunk.targets.shape[1:], chunk.targets.dtype, alike),
+            getattr(forward, "__code__", None),
+        )
         if self._method == "opacus":
-            self._require_independent_rows(forward, chunk)
+            self._require_independent_rows(case, forward, chunk, parameters)
             return opacus_sum(
                 self._network,
                 forward,
@@ -143,11 +163,9 @@ class GradientClipper:
             return microbatch_sum(
                 forward, self._row_loss, chunk, parameters, max_grad_norm, max_rows=max_rows, observe=observe
             )
-        alike = batches_alike(len(chunk.rows))
-        case = (self._network.training, chunk.inputs.shape[1:], chunk.inputs.dtype, alike)
         if self._method != "microbatch" and case not in self._cases:
             self._cases.add(case)
-            if reason := _is_opaque(self._network) or self._probe(forward, chunk, parameters):
+            if reason := _is_opaque(self._network) or self._probe(case, forward, chunk, parameters):
                 self._faults[case] = reason
         too_many = max_rows is not None and len(chunk.rows) > max_rows
         if self._method != "microbatch" and case not in self._faults and not too_many:
@@ -159,7 +177,7 @@ class GradientClipper:
                     parameters,
                     max_grad_norm,
                     chooser=self._chooser,
-                    require_owned=self._require_owned,
+                    require_owned=lambda key: self._require_owned(case, key),
                     observe=observe,
                     meter=meter,
                 )
@@ -175,7 +193,7 @@ class GradientClipper:
             forward, self._row_loss, chunk, parameters, max_grad_norm, max_rows=max_rows, observe=observe
         )
 
-    def _probe(self, forward: Forward, chunk: Chunk, parameters: list[nn.Parameter]) -> str:
+    def _probe(self, case: object, forward: Forward, chunk: Chunk, parameters: list[nn.Parameter]) -> str:
         """Why synthetic rows of this shape cannot be told apart; empty if they can."""
         # Before the batch itself: beside its graph the probe's would not fit where memory is scarce.
         row_losses = self._row_losses(forward, chunk)
@@ -183,23 +201,32 @@ class GradientClipper:
             key, fault = find_fault(parameters, self._names(parameters), row_losses, chunk.inputs, chunk.targets)
         except Exception as error:  # whatever a network may raise; if it does so for patients too, that will be seen
             return f"synthetic rows could not be tried: {error}"
-        self._probed[key] = fault
+        self._probed[(case, key)] = fault
         return fault
 
-    def _require_owned(self, key: tuple[Key, ...] | None) -> None:
-        if fault := self._probed.get(key, "what the network calls depends on what it sees"):
+    def _require_owned(self, case: object, key: tuple[Key, ...] | None) -> None:
+        if fault := self._probed.get((case, key), "what the network calls depends on what it sees"):
             raise NotSeenError(fault)
 
-    def _require_independent_rows(self, forward: Forward, chunk: Chunk) -> None:
-        if None not in self._probed:
-            require_independent_rows(self._row_losses(forward, chunk), chunk.inputs, chunk.targets)
-            self._probed[None] = ""
+    def _require_independent_rows(
+        self, case: object, forward: Forward, chunk: Chunk, parameters: list[nn.Parameter]
+    ) -> None:
+        """For Opacus's gradients, which are those of the first dimension of each layer, whatever that is."""
+        if case in self._cases:
+            return
+        require_independent_rows(self._row_losses(forward, chunk), chunk.inputs, chunk.targets)
+        fault = self._probe(case, forward, chunk, parameters)
+        if fault and not fault.endswith(WITHOUT_RULE):
+            raise ValueError(f"method is 'opacus', but {fault}. Use method='auto'.")
+        self._cases.add(case)
 
     def _row_losses(self, forward: Forward, chunk: Chunk) -> Callable[[Tensor, Tensor], Tensor]:
         """Losses of synthetic rows, with whatever else the first row of the chunk is given."""
 
         def row_losses(inputs: Tensor, targets: Tensor) -> Tensor:
-            return self._row_loss(forward(inputs, chunk.rows[:1].expand(len(inputs))), targets)
+            # Whatever else a row is given is that of several rows.
+            rows = chunk.rows[torch.arange(len(inputs)) % len(chunk.rows)]
+            return self._row_loss(forward(inputs, rows), targets)
 
         return row_losses
 
@@ -211,8 +238,38 @@ class GradientClipper:
         return [known.get(id(parameter), "a parameter") for parameter in parameters]
 
 
+def _versions(network: nn.Module) -> list[tuple[int, int]]:
+    # Data pointer and write count: nothing waits for a GPU, and nothing is copied.
+    return [(id(parameter), parameter._version) for parameter in network.parameters()]
+
+
+def _check(
+    parameters: Sequence[nn.Parameter],
+    max_grad_norm: float,
+    row_weights: Tensor | None,
+    rows: int,
+    max_physical_batch_size: int | None,
+) -> None:
+    if not 0 <= max_grad_norm < math.inf:
+        raise ValueError(f"max_grad_norm is {max_grad_norm}, which bounds nothing. Give a finite number, zero or more.")
+    if row_weights is not None and row_weights.shape != (rows,):
+        raise ValueError(
+            f"row_weights has shape {tuple(row_weights.shape)}, but it must be ({rows},): one for each row."
+        )
+    if max_physical_batch_size is not None and max_physical_batch_size < 1:
+        raise ValueError(
+            f"max_physical_batch_size is {max_physical_batch_size}, but a call needs a row. Give 1 or more."
+        )
+    narrow = next((parameter.dtype for parameter in parameters if parameter.element_size() < 4), None)
+    if narrow is not None:
+        raise ValueError(
+            f"a trained parameter is in {narrow}, in which a sum over patients rounds by more than a clipping norm. Keep "
+            "parameters in float32, and use autocast for speed."
+        )
+
+
 def _without_rule(name: str) -> str:
-    return f"{name} is used by an operation without a rule"
+    return f"{name} {WITHOUT_RULE}"
 
 
 def _is_opaque(network: nn.Module) -> str:

@@ -30,6 +30,7 @@ from monai_privacy.mechanisms.clipping.operation import (
     OperationRule,
     Wanted,
     by_unit,
+    magnitudes,
     unit_products,
     wide,
 )
@@ -281,7 +282,8 @@ class ConvolutionRule(OperationRule):
             with full_precision(x):
                 return self._weight_gradient(inputs, scaled, wide(weight))
 
-        return Postponed(squares, combine, x.nbytes + gradient.nbytes)
+        bounds = magnitudes(x, gradient, units, math.sqrt(math.prod(weight.shape[2:])))
+        return Postponed(squares, combine, bounds, (x, gradient))
 
 
 def zeroed(values: Tensor, finite: Tensor) -> Tensor:

@@ -27,6 +27,17 @@ from monai_privacy.mechanisms.clipping.calls import Call, read_call
 from monai_privacy.mechanisms.clipping.operation import OperationRule
 
 Key = tuple[str, tuple[int, ...], int]
+# How a network comes to do one thing or another by what is in a tensor, and so by who else is in the batch.
+_LOOKS = {
+    Tensor.__bool__: "bool",
+    Tensor.__float__: "float",
+    Tensor.__int__: "int",
+    Tensor.__index__: "index",
+    Tensor.item: "item",
+    Tensor.tolist: "tolist",
+    Tensor.numpy: "numpy",
+    Tensor.__array__: "numpy",
+}
 
 
 @dataclass(frozen=True)
@@ -82,11 +93,13 @@ class Pass:
         uses: all uses of trained parameters, in order.
         times_used: how often each trained parameter was used, by position.
         input_bytes: memory of the inputs that the uses saved.
+        looked_at: how a number was taken out of a tensor; empty where none was.
     """
 
     uses: list[Use] = field(default_factory=list)
     times_used: dict[int, int] = field(default_factory=dict)
     input_bytes: int = 0
+    looked_at: str = ""
 
     def key(self, rows: int) -> tuple[Key, ...] | None:
         """What was called on what, for a batch of ``rows``; None where a use has rows that are no multiple of it."""
@@ -117,6 +130,8 @@ class Interception(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """See ``TorchFunctionMode``."""
+        if func in _LOOKS:
+            self.heard.looked_at = _LOOKS[func]
         call = read_call(func, args, kwargs or {})
         if call is None or not self._is_ours(call):
             return func(*args, **(kwargs or {}))
@@ -168,6 +183,11 @@ class Interception(TorchFunctionMode):
 
     def _position(self, tensor: Tensor | None) -> int | None:
         return None if tensor is None else self._positions.get(id(tensor))
+
+
+def decides_by(looked_at: str) -> str:
+    """Why a network that takes numbers out of tensors cannot be probed."""
+    return f"the network or the loss takes a number out of a tensor ({looked_at}), and may decide by it"
 
 
 class _Heard(torch.autograd.Function):

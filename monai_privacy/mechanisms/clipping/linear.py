@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from monai_privacy.mechanisms.clipping.convolution import zeroed
-from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients
+from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients, squared_norms
 from monai_privacy.mechanisms.clipping.operation import (
     Choose,
     Found,
@@ -29,6 +29,7 @@ from monai_privacy.mechanisms.clipping.operation import (
     OperationRule,
     Wanted,
     by_unit,
+    magnitudes,
     unit_products,
     wide,
 )
@@ -114,7 +115,7 @@ def _gram(x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material
         with full_precision(x):
             return scaled.flatten(0, 1).T @ zeroed(wide(x), keep).flatten(0, 1)
 
-    return Postponed(squares, combine, x.nbytes + gradient.nbytes)
+    return Postponed(squares, combine, magnitudes(x, gradient, units), (x, gradient))
 
 
 def _positions(values: Tensor, units: Units) -> Tensor:
@@ -188,4 +189,6 @@ def _equal_words(words: Tensor, gradient: Tensor, weight: Tensor, units: Units) 
         scaled = zeroed(gradient * units.spread(factors).to(gradient.dtype)[:, None, None], keep)
         return scaled.new_zeros(weight.shape).index_add_(0, words.flatten(), scaled.flatten(0, 1))
 
-    return Postponed(squares, combine, gradient.nbytes)
+    # A word's terms are added up over its places.
+    bounds = units.sum(squared_norms(gradient).sqrt()) * words.shape[1] ** 0.5
+    return Postponed(squares, combine, bounds, (gradient,))

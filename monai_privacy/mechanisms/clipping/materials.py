@@ -17,7 +17,7 @@ Either the gradient of each unit, or the units' squared norms and a way to form 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from torch import Tensor
 _CHUNK = 4096
 # Near 1e-38 float32 has few digits left, and a product with such a factor would not be what the norm says.
 _SMALLEST_FACTOR = 1e-30
+# Times the rounding of float32, 6e-8: what the sum may be beside its norm, in clipping norms.
+_MOST_CANCELLED = 1e4
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,39 @@ class Postponed:
     Args:
         squares: (P,) float64 squared norms.
         combine: (P,) factors and (P,) finite flags to the sum, of the parameter's shape.
-        nbytes: memory that is held.
+        magnitudes: (P,) float64 bounds on the sum of absolute values of what ``combine`` adds up for a unit of factor 1.
+        sources: what ``combine`` works on.
     """
 
     squares: Tensor
     combine: Callable[[Tensor, Tensor], Tensor]
-    nbytes: int
+    magnitudes: Tensor
+    sources: tuple[Tensor, ...]
+    _versions: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_versions", tuple(source._version for source in self.sources))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held."""
+        return sum(source.nbytes for source in self.sources)
 
     def squared_norms(self) -> Tensor:
         """(P,) float64."""
         return self.squares
 
     def weighted_sum(self, factors: Tensor, finite: Tensor) -> Tensor:
-        """Σ over units of factor times gradient, units that are not ``finite`` left out."""
+        """Σ over units of factor times gradient, units that are not ``finite`` left out.
+
+        Raises:
+            ValueError: where what the norms were of has been written over.
+        """
+        if tuple(source._version for source in self.sources) != self._versions:
+            raise ValueError(
+                "a layer's input or output gradient was written over after its norm was taken (by a hook or an autograd "
+                "function that works in place), so the clipped sum would be of other numbers. Make it return a new tensor."
+            )
         return self.combine(factors, finite)
 
 
@@ -156,10 +178,15 @@ def bundled(materials: Mapping[int, Material]) -> tuple[dict[int, Material], dic
 def clip_factors(materials: Iterable[Material], max_grad_norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """Norms before clipping, factors min(1, C/norm), and whether the unit counts, (P,) each.
 
-    A unit whose norm is not finite, or so large that the factor has lost digits in float32, does not count.
+    A unit does not count whose norm is not finite, or so large that the factor has lost digits in float32, or whose
+    gradient is what is left of terms so much larger than the bound that a sum formed anew in float32 may be another.
     """
-    squares = torch.stack([material.squared_norms() for material in materials]).sum(0)
+    kept = list(materials)
+    squares = torch.stack([material.squared_norms() for material in kept]).sum(0)
     norms = squares.sqrt()
     factors = (max_grad_norm / norms.clamp(min=1e-300)).clamp(max=1.0)
     counts = torch.isfinite(norms) & (factors > _SMALLEST_FACTOR)
+    for material in kept:
+        if isinstance(material, Postponed):
+            counts = counts & (factors * material.magnitudes < _MOST_CANCELLED * max_grad_norm)
     return norms, torch.where(counts, factors, 0.0), counts

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from monai_privacy.mechanisms.clipping.choosing import MemoryBudget, MethodChooser
 from monai_privacy.mechanisms.clipping.chunk import Chunk
-from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Pass, Use
+from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Pass, Use, decides_by
 from monai_privacy.mechanisms.clipping.materials import Material, added, bundled, clip_factors
 from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
@@ -98,14 +98,18 @@ def one_pass_sum(
         loss = (losses if chunk.weights is None else losses * chunk.weights.to(losses)).sum()
     if not loss.requires_grad:
         return ClippedGradientSum.nothing(parameters, units.number, loss.device)
+    if mode.heard.looked_at:
+        raise NotSeenError(decides_by(mode.heard.looked_at))
     require_owned(mode.heard.key(units.rows))
     listener.begin(mode.heard)
     unheard = mode.gradients(loss, parameters)
     if unheard:
         raise NotSeenError("a parameter is used by an operation without a rule", unheard[0])
+    result = summed(listener.materials, parameters, units, max_grad_norm, loss.device)
+    # Afterwards: what it does to the outputs must not reach what the sum is made of.
     if observe is not None:
         observe(outputs, chunk.rows)
-    return summed(listener.materials, parameters, units, max_grad_norm, loss.device)
+    return result
 
 
 @torch.no_grad()

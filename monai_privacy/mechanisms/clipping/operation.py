@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from monai_privacy.mechanisms.clipping.materials import Material, UnitGradients
+from monai_privacy.mechanisms.clipping.materials import Material, UnitGradients, squared_norms
 from monai_privacy.mechanisms.clipping.units import Units
 
 
@@ -132,6 +132,13 @@ def unit_products(gradients: Tensor, inputs: Tensor, units: Units, out: Tensor) 
             torch.mm(*first, out=total)
             for gradient, x in others:
                 total.addmm_(gradient, x)
+
+
+def magnitudes(x: Tensor, gradient: Tensor, units: Units, times: float = 1.0) -> Tensor:
+    """(P,) float64 bounds Σ ‖x_r‖‖g_r‖ over a unit's rows r: by Cauchy and Schwarz, no sum of their products has larger
+    terms; ``times`` for how often a layer uses each number."""
+    squares = squared_norms(x).sqrt() * squared_norms(gradient).sqrt()
+    return units.sum(squares) * times
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -13,13 +13,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from monai_privacy.mechanisms.clipping.calls import Call
-from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Use
+from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Use, decides_by
 from monai_privacy.mechanisms.clipping.materials import Material
 from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.units import Units
@@ -29,6 +30,7 @@ _FEWEST_ROWS = 2
 _MOST_ROWS = 32
 _EACH_BY_ITSELF = 8
 _TOLERANCE = 1e-5
+WITHOUT_RULE = "is used by an operation without a rule"
 
 
 class OwnershipProbe(Listener):
@@ -38,18 +40,20 @@ class OwnershipProbe(Listener):
 
     Args:
         weights: random weights by identity of the parameter, to be filled and shared between probes.
+        trained: identities of the trained parameters; what else is used as a weight may come from the batch.
     """
 
-    def __init__(self, weights: dict[int, Tensor]) -> None:
+    def __init__(self, weights: dict[int, Tensor], trained: frozenset[int]) -> None:
         self._weights = weights
+        self._trained = trained
         self.touched: dict[int, Tensor] = {}
         self.seen: dict[int, Tensor] = {}
 
     def weights(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """See the base class."""
         weight = call.weight
-        if weight is None:
-            return None, call.bias
+        if weight is None or id(weight) not in self._trained:
+            return weight, call.bias
         value = self._weights.get(id(weight))
         if value is None:
             generator = torch.Generator().manual_seed(len(self._weights))
@@ -134,17 +138,19 @@ def find_fault(
     for row in (0, rows // 2, rows - 1):
         probe, mode, losses = _run(weights, parameters, row_losses, synthetic_rows(inputs, rows), first_targets)
         key = mode.heard.key(rows)
+        if mode.heard.looked_at:
+            return key, decides_by(mode.heard.looked_at)
         if key is None:
             return None, "a layer sees a number of rows that is no multiple of the batch's"
         unheard = mode.gradients(losses[row], parameters)
-        if unheard:
-            return key, f"{names[unheard[0]]} is used by an operation without a rule"
         reached = torch.zeros(len(mode.heard.uses), dtype=torch.bool) if reached is None else reached
         for number, touched in probe.touched.items():
             own = touched.unflatten(0, (rows, -1))
             if own.sum() > own[row].sum():
                 return key, _mixes(mode.heard.uses[number], names)
             reached[number] |= bool(own[row].any())
+        if unheard:
+            return key, f"{names[unheard[0]]} {WITHOUT_RULE}"
         del losses
     assert reached is not None
     if not bool(reached.all()):
@@ -153,11 +159,13 @@ def find_fault(
     probe, mode, losses = _run(weights, parameters, row_losses, synthetic_rows(inputs, rows), first_targets)
     mode.gradients(losses.sum(), parameters)
     del losses
+    tried = 0
     for row, changed_inputs, changed_targets in _with_another_row(inputs, first_targets, rows):
         try:
             other, other_mode, other_losses = _run(weights, parameters, row_losses, changed_inputs, changed_targets)
         except (IndexError, RuntimeError):  # a label or a word that is not taken here: no evidence either way
             continue
+        tried += changed_targets is first_targets
         if other_mode.heard.key(rows) != key:
             return key, "what the network calls depends on what it sees"
         other_mode.gradients(other_losses.sum(), parameters)
@@ -165,7 +173,7 @@ def find_fault(
         for number, seen in probe.seen.items():
             if not _same_but(row, seen.unflatten(0, (rows, -1)), other.seen[number].unflatten(0, (rows, -1))):
                 return key, _mixes(mode.heard.uses[number], names)
-    return key, ""
+    return key, "" if tried else "the network takes no synthetic rows but one kind, so that nothing can be asked"
 
 
 def _run(
@@ -175,7 +183,7 @@ def _run(
     inputs: Tensor,
     targets: Tensor,
 ) -> tuple[OwnershipProbe, Interception, Tensor]:
-    probe = OwnershipProbe(weights)
+    probe = OwnershipProbe(weights, frozenset(id(parameter) for parameter in parameters))
     mode = Interception(parameters, probe)
     # Dropout falls alike in each run; outside the fork the user's random state does not move.
     with torch.random.fork_rng(devices=[inputs.device] if inputs.device.type == "cuda" else []):
@@ -191,16 +199,27 @@ def _with_another_row(inputs: Tensor, targets: Tensor, rows: int) -> Iterator[tu
         changed = synthetic_rows(inputs, rows)
         changed[row] = changed[row] * factor + shift if changed.is_floating_point() else 1 - changed[row]
         yield row, changed, targets
-    relabelled = targets.clone()
-    relabelled[0] = 1 - relabelled[0] if relabelled.dtype != torch.bool else ~relabelled[0]
-    yield 0, synthetic_rows(inputs, rows), relabelled
+    # Far outside what is usual, and nothing at all.
+    for row, value in ((0, 1e6 if inputs.is_floating_point() else 100), (rows - 1, 0)):
+        changed = synthetic_rows(inputs, rows)
+        changed[row] = changed[row] * value
+        yield row, changed, targets
+    # Another class, and the usual marks of a missing label.
+    for label in (1, -1, -100, 255, math.nan):
+        relabelled = targets.clone()
+        if targets.dtype == torch.bool:
+            relabelled[0] = ~relabelled[0]
+        elif not math.isnan(label) or targets.is_floating_point():
+            relabelled[0] = label
+        yield 0, synthetic_rows(inputs, rows), relabelled
 
 
 def _same_but(row: int, one: Tensor, other: Tensor) -> bool:
     """Whether all other rows have the same sums, up to the rounding of kernels that divide work anew."""
     others = torch.arange(len(one)) != row
     scale = one[others].abs().amax((0, 1), keepdim=True)
-    return bool(((one[others] - other[others]).abs() <= _TOLERANCE * scale).all())
+    gap = (one[others] - other[others]).abs()
+    return bool((gap <= _TOLERANCE * scale).all())
 
 
 def _mixes(use: Use, names: Sequence[str]) -> str:
