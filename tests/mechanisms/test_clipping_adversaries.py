@@ -187,10 +187,46 @@ LOOKING = {
 
 @pytest.mark.parametrize("name", LOOKING)
 def test_networks_that_decide_by_numbers(name):
-    network = Two(LOOKING[name])
+    network, (inputs, targets) = Two(LOOKING[name]), batch()
+    clipper = GradientClipper(network, LOSS)
+    for scale in (1.0, 0.01, 100.0):
+        torch.manual_seed(int(scale))
+        # In the fast way no number is another than in the probe; those of chance fall as they fall.
+        clipper((inputs * scale, targets), ALONE, 0.1, forward=lambda some, rows: network.second(LOOKING[name](some)))
+    assert name == "by chance" or clipper.faults
+
+
+class Positions(nn.Module):
+    """A sinusoid a row, as where the batch comes first by mistake."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.sin(torch.arange(400.0)).reshape(100, 4).double())
+
+    def forward(self, x):
+        return x + self.table[: len(x)]
+
+
+PLACES = {
+    "positions": Positions(),
+    "number of rows": lambda x: x * (1 + len(x) % 2),
+    "share of the rows": lambda x: x / len(x),
+    "dropout behind": nn.Sequential(Positions(), nn.Dropout(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_rows_that_depend_on_their_place(name):
+    network = Two(PLACES[name])
     clipper = GradientClipper(network, LOSS)
     clipper(batch(), ALONE, 0.1)
-    assert "takes a number out of a tensor" in clipper.faults[0]
+    assert "place in the batch" in clipper.faults[0]
+
+
+def test_dropout_is_no_fault():
+    clipper = GradientClipper(Two(nn.Dropout(0.5)), LOSS)
+    clipper(batch(), ALONE, 0.1)
+    assert clipper.faults == ()
 
 
 @pytest.mark.parametrize("missing", [-1.0, 255.0, math.nan])

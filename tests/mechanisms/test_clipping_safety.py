@@ -373,7 +373,7 @@ class Rarely(nn.Module):
         return torch.tanh(features * self.gamma if large and self.bare else features)
 
 
-@pytest.mark.parametrize(("bare", "says"), [(True, "a number out of a tensor"), (False, "a number out of a tensor")])
+@pytest.mark.parametrize(("bare", "says"), [(True, "depends on what it sees"), (False, "depends on what it sees")])
 def test_what_only_large_inputs_lead_to(bare, says):
     (inputs, targets), network = batch(), made(lambda: Network(before=Rarely(bare=bare)))
     inputs[3] *= 1e7

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from monai_privacy.mechanisms.clipping.calls import Call, read_call
 from monai_privacy.mechanisms.clipping.operation import OperationRule
 
-Key = tuple[str, tuple[int, ...], int]
+Key = tuple[str | tuple[str, str], tuple[int, ...], int]
 # How a network comes to do one thing or another by what is in a tensor, and so by who else is in the batch.
 _LOOKS = {
     Tensor.__bool__: "bool",
@@ -38,6 +39,15 @@ _LOOKS = {
     Tensor.numpy: "numpy",
     Tensor.__array__: "numpy",
 }
+_DROPOUTS = (
+    functional.dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+    torch.dropout,
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,9 @@ class Use:
 class Listener:
     """What hears the uses of parameters in one pass; the base class computes and remembers nothing of gradients."""
 
+    # Whether dropout leaves everything as it is.
+    without_dropout = False
+
     def weights(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """The values to compute with."""
         return call.weight, call.bias
@@ -93,19 +106,21 @@ class Pass:
         uses: all uses of trained parameters, in order.
         times_used: how often each trained parameter was used, by position.
         input_bytes: memory of the inputs that the uses saved.
-        looked_at: how a number was taken out of a tensor; empty where none was.
+        looked_at: what numbers were taken out of tensors, and how.
     """
 
     uses: list[Use] = field(default_factory=list)
     times_used: dict[int, int] = field(default_factory=dict)
     input_bytes: int = 0
-    looked_at: str = ""
+    looked_at: list[tuple[str, str]] = field(default_factory=list)
 
     def key(self, rows: int) -> tuple[Key, ...] | None:
-        """What was called on what, for a batch of ``rows``; None where a use has rows that are no multiple of it."""
+        """What was called on what, for a batch of ``rows``, and what numbers were looked at; None where a use has rows
+        that are no multiple of it."""
         if any(use.rows % rows for use in self.uses):
             return None
-        return tuple((use.operation.name, use.parameters, use.rows // rows) for use in self.uses)
+        uses = tuple((use.operation.name, use.parameters, use.rows // rows) for use in self.uses)
+        return uses + tuple(((how, value), (), 0) for how, value in self.looked_at)
 
 
 class Interception(TorchFunctionMode):
@@ -131,7 +146,12 @@ class Interception(TorchFunctionMode):
     ) -> Any:
         """See ``TorchFunctionMode``."""
         if func in _LOOKS:
-            self.heard.looked_at = _LOOKS[func]
+            value = func(*args, **(kwargs or {}))
+            if not self._replaying:
+                self.heard.looked_at.append((_LOOKS[func], repr(value)))
+            return value
+        if self._listener.without_dropout and func in _DROPOUTS:
+            return args[0] if args else (kwargs or {})["input"]
         call = read_call(func, args, kwargs or {})
         if call is None or not self._is_ours(call):
             return func(*args, **(kwargs or {}))
@@ -183,11 +203,6 @@ class Interception(TorchFunctionMode):
 
     def _position(self, tensor: Tensor | None) -> int | None:
         return None if tensor is None else self._positions.get(id(tensor))
-
-
-def decides_by(looked_at: str) -> str:
-    """Why a network that takes numbers out of tensors cannot be probed."""
-    return f"the network or the loss takes a number out of a tensor ({looked_at}), and may decide by it"
 
 
 class _Heard(torch.autograd.Function):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from monai_privacy.mechanisms.clipping.choosing import MemoryBudget, MethodChooser
 from monai_privacy.mechanisms.clipping.chunk import Chunk
-from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Pass, Use, decides_by
+from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Pass, Use
 from monai_privacy.mechanisms.clipping.materials import Material, added, bundled, clip_factors
 from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
@@ -98,8 +98,6 @@ def one_pass_sum(
         loss = (losses if chunk.weights is None else losses * chunk.weights.to(losses)).sum()
     if not loss.requires_grad:
         return ClippedGradientSum.nothing(parameters, units.number, loss.device)
-    if mode.heard.looked_at:
-        raise NotSeenError(decides_by(mode.heard.looked_at))
     require_owned(mode.heard.key(units.rows))
     listener.begin(mode.heard)
     unheard = mode.gradients(loss, parameters)
