@@ -295,6 +295,12 @@ class DPSupervisedTrainer(SupervisedTrainer):
         """The clipper of these parameters: a scheduler that unfreezes layers gets a new one."""
         key = (alone, *(id(parameter) for parameter in parameters))
         if self._clipping is None or self._clipping[0] != key:
+            if alone and self._clipping_method not in ("auto", "microbatch"):
+                raise ValueError(
+                    f"clipping_method is {self._clipping_method!r}, but prepare_batch gives the network further inputs: no "
+                    "probe knows how those mix the rows, so only one patient at a time is certain. Leave clipping_method "
+                    "out."
+                )
             clipper = GradientClipper(
                 self._plain_network,
                 self._row_loss,

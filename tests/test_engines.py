@@ -21,7 +21,7 @@ import torch
 from conftest import make_network, make_records, make_trainer, weights
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset, pad_list_data_collate
-from monai.engines.utils import IterationEvents
+from monai.engines.utils import IterationEvents, PrepareBatchExtraInput
 from monai.transforms import Compose, EnsureTyped, RandGaussianNoised, RandSpatialCropSamplesd
 from monai.utils import set_determinism
 from scipy import stats
@@ -398,6 +398,38 @@ def test_other_arguments_of_the_network_follow_their_rows(tmp_path):
     trainer = make_trainer(tmp_path / "ledger", network=TwoInputs(), prepare_batch=prepare)
     trainer.run()
     assert trainer.state.iteration == 8
+
+
+class MixesAges(nn.Module):
+    """Moves each row where all rows together are old: a probe that does not vary the ages sees nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = make_network()
+
+    def forward(self, inputs, age):
+        ramp = torch.linspace(-1, 1, inputs.shape[-1])
+        return self.body(inputs + (age.sum() > 50) * 10 * ramp)
+
+
+WITH_AGE = PrepareBatchExtraInput(extra_keys={"age": "age"})
+
+
+def test_rows_with_further_arguments_go_one_patient_at_a_time(tmp_path):
+    records = [record | {"age": torch.tensor(9.0)} for record in make_records(patients=6, images=1)]
+    options = {"plan": everybody(6), "prepare_batch": WITH_AGE, "batch_size": 6}
+    whole = update(tmp_path / "one", records=records, network=MixesAges(), **options) * 6
+    without = update(tmp_path / "two", records=records[1:], network=MixesAges(), **options) * 6
+    assert float((whole - without).norm()) <= 0.01 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("method", ["one_pass", "opacus"])
+def test_rows_with_further_arguments_are_refused_where_a_method_is_forced(tmp_path, method):
+    records = [record | {"age": torch.tensor(9.0)} for record in make_records(patients=20)]
+    options = {"network": MixesAges(), "prepare_batch": WITH_AGE, "clipping_method": method}
+    trainer = make_trainer(tmp_path / "ledger", records=records, **options)
+    with pytest.raises(ValueError, match="further inputs"):
+        trainer.run()
 
 
 def test_a_prepare_batch_that_mixes_rows_gets_one_patient_at_a_time(tmp_path):

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ class Use:
         return tuple(at for at in (self.weight, self.bias) if at is not None)
 
 
-class Listener:
+class Listener(ABC):
     """What hears the uses of parameters in one pass; the base class computes and remembers nothing of gradients."""
 
     # Whether dropout leaves everything as it is.
@@ -84,6 +85,7 @@ class Listener:
         """The values to compute with."""
         return call.weight, call.bias
 
+    @abstractmethod
     def heard(
         self,
         use: Use,
@@ -95,7 +97,6 @@ class Listener:
         wants_input: bool,
     ) -> Tensor | None:
         """The gradient of the input, where wanted; called once for each use in the backward pass."""
-        raise NotImplementedError
 
 
 @dataclass
