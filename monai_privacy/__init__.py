@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from monai_privacy.handlers import PrivacyAccountingHandler, PrivacyProgressHandler, PrivacyReportHandler
     from monai_privacy.mechanisms import GradientClipper, clipped_gradient_sum
     from monai_privacy.networks import ResNet9, check_network, convert_batch_norm
+    from monai_privacy.opacus_accountant import ledger_accountant
     from monai_privacy.plan import DPSGDPlan
     from monai_privacy.report import PrivacyReport
 
@@ -56,6 +57,7 @@ _HOME = {
     "count_patients": "data",
     "dpsgd_event": "accounting",
     "epsilon": "accounting",
+    "ledger_accountant": "opacus_accountant",
     "poisson_loader": "data",
 }
 
@@ -79,6 +81,7 @@ __all__ = [
     "count_patients",
     "dpsgd_event",
     "epsilon",
+    "ledger_accountant",
     "poisson_loader",
 ]
 

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,12 +25,16 @@ import typer
 from rich.console import Console
 
 from monai_privacy import __version__
-from monai_privacy.accounting import PrivacyBudget
+from monai_privacy.accounting import PrivacyBudget, calibrate_batch_size, calibrate_steps
 from monai_privacy.errors import user_message
+from monai_privacy.ledger_cli import NO
+from monai_privacy.ledger_cli import app as ledger_app
 from monai_privacy.plan import DPSGDPlan
 from monai_privacy.report import PrivacyReport, rounded_up
+from monai_privacy.report.verification import differences
 
-# Exit codes that a script can tell apart: 1 is a fault of the program, 2 is bad input (typer's own choice as well).
+# Exit codes that a script can tell apart: 1 is a fault of the program, 2 is bad input (typer's own choice as well), 3 a
+# question that was answered with no.
 _BAD_INPUT = 2
 
 app = typer.Typer(
@@ -38,9 +43,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(ledger_app, name="ledger")
 
 Patients = Annotated[int, typer.Option(help="Number of patients in training; public.")]
-BatchSize = Annotated[int, typer.Option(help="Patients that a step draws on average.")]
 Delta = Annotated[float, typer.Option(help="The δ of the guarantee, well below 1 / number of patients.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -55,23 +60,50 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def calibrate(
     num_patients: Patients,
-    expected_batch_size: BatchSize,
-    epsilon: Annotated[float, typer.Option(help="The ε to stay below.")],
+    expected_batch_size: Annotated[
+        int | None, typer.Option(help="Patients that a step draws on average; the largest that fits where not given.")
+    ] = None,
+    epsilon: Annotated[float, typer.Option(help="The ε to stay below.")] = 3.0,
     delta: Delta = 1e-5,
-    steps: Annotated[int | None, typer.Option(help="Number of steps; or give --epochs.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Number of epochs; or give --steps.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of steps; the most that fit where not given.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Number of epochs, instead of --steps.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Noise; the least that fits where not given.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The noise that a training needs for a target ε."""
-    if (steps is None) == (epochs is None):
-        raise ValueError(f"steps is {steps} and epochs is {epochs}: exactly one is needed. Give --steps or --epochs.")
-    if steps is not None:
-        plan = DPSGDPlan(num_patients=num_patients, expected_batch_size=expected_batch_size, steps=steps, delta=delta)
-    else:
-        plan = DPSGDPlan.for_epochs(
-            num_patients=num_patients, expected_batch_size=expected_batch_size, epochs=epochs or 0, delta=delta
+    """Find the one number that is left out, noise, steps or batch size, for a target ε."""
+    if steps is not None and epochs is not None:
+        raise ValueError(f"steps is {steps} and epochs is {epochs}: give one of them.")
+    if epochs is not None:
+        if expected_batch_size is None:
+            raise ValueError(
+                f"epochs is {epochs}, but how many steps that is hangs on --expected-batch-size: give it too."
+            )
+        steps = DPSGDPlan.for_epochs(
+            num_patients=num_patients, expected_batch_size=expected_batch_size, epochs=epochs, delta=delta
+        ).steps
+    missing = [
+        name
+        for name, value in (
+            ("--steps", steps), ("--expected-batch-size", expected_batch_size), ("--noise-multiplier", noise_multiplier)
         )
-    plan = plan.calibrate(epsilon=epsilon)
+        if value is None
+    ]  # fmt: skip
+    if len(missing) != 1:
+        raise ValueError(
+            f"{' and '.join(missing) or 'nothing'} left out: exactly one number can be found. Give two of --steps (or "
+            "--epochs), --expected-batch-size and --noise-multiplier."
+        )
+    target = {"epsilon": epsilon, "delta": delta}
+    if expected_batch_size is None:
+        expected_batch_size = calibrate_batch_size(
+            **target, num_patients=num_patients, noise_multiplier=noise_multiplier or 0.0, steps=steps or 0
+        )
+    one = DPSGDPlan(num_patients=num_patients, expected_batch_size=expected_batch_size, steps=steps or 1, delta=delta)
+    if steps is None:
+        steps = calibrate_steps(**target, sample_rate=one.sample_rate, noise_multiplier=noise_multiplier or 0.0)
+    plan = replace(one, steps=steps, noise_multiplier=noise_multiplier)
+    if noise_multiplier is None:
+        plan = plan.calibrate(epsilon=epsilon)
     if as_json:
         print(json.dumps(plan.to_dict() | {"epsilon": plan.epsilon()}))
         return
@@ -83,12 +115,37 @@ def calibrate(
 
 @app.command()
 def report(
-    ledger: Annotated[Path, typer.Argument(help="The ledger file of a training.")],
+    ledger: Annotated[Path, typer.Argument(help="The ledger file of a cohort.")],
+    output: Annotated[
+        Path | None, typer.Option(help="A folder for privacy_report.json, .md and .html, instead of printing.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What a ledger allows to claim, recomputed."""
     made = PrivacyReport.from_ledger(ledger)
-    print(made.to_json() if as_json else made.to_markdown())
+    if output is None:
+        print(made.to_json() if as_json else made.to_markdown())
+        return
+    paths = [str(path) for path in made.write(output)]
+    print(json.dumps(paths) if as_json else "\n".join(paths))
+
+
+@app.command()
+def verify(
+    report_file: Annotated[Path, typer.Argument(metavar="REPORT", help="A privacy_report.json.")],
+    ledger: Annotated[Path, typer.Argument(help="The ledger that it was made from.")],
+    as_json: AsJson = False,
+) -> None:
+    """Recompute a report from its ledger; exit code 3 where it says anything else."""
+    found = differences(report_file, ledger)
+    if as_json:
+        print(json.dumps({"same": not found, "differences": found}, ensure_ascii=False))
+    elif found:
+        print("\n".join(found))
+    else:
+        print(f"{report_file} says what {ledger} gives")
+    if found:
+        raise typer.Exit(NO)
 
 
 @app.command()

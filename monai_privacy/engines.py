@@ -43,14 +43,15 @@ from monai_privacy.ledger_conduct import LedgerConduct
 from monai_privacy.mechanisms.clipping import ClippingMethod, GradientClipper
 from monai_privacy.mechanisms.losses import RowLoss
 from monai_privacy.mechanisms.noise import InsecureNoise, NoiseSource, SystemNoise
-from monai_privacy.mechanisms.probe import require_independent_rows
 from monai_privacy.mechanisms.randomness import InsecureSeeds, fresh_randomness, system_seed
-from monai_privacy.networks import find_updated_buffers, require_privately_trainable
+from monai_privacy.networks import require_privately_trainable
 from monai_privacy.plan import DPSGDPlan
+from monai_privacy.provenance import code_digest, file_digests
 from monai_privacy.requirements import (
     assumptions_of,
     differences,
     is_row_wise,
+    refuse_mixing,
     refuse_unsupported,
     refuse_validation_on_training_patients,
     rows_of_batch,
@@ -97,6 +98,9 @@ class DPSupervisedTrainer(SupervisedTrainer):
             off otherwise: ``engine.state.output`` is empty, and ``key_train_metric`` is left out. The report says so.
         assumptions: what your claim rests on besides, in words, for the report; for instance "the class weights in the
             loss are public".
+        purpose: who trains and why, in words, for the ledger and the report.
+        config_files: files whose SHA-256 goes into the ledger, beside that of this package and of the trained network.
+        partition: the part of a registered cohort that these patients are, counted from 0; see ``PrivacyLedger``.
         insecure_seed: repeatable draws and noise for debugging; the report then says "not private".
         epoch_length: iterations in an epoch; ``plan.steps_per_epoch`` where None.
         amp: bf16 autocast, without a gradient scaler: scaled gradients would all be clipped.
@@ -128,6 +132,9 @@ class DPSupervisedTrainer(SupervisedTrainer):
         patient_key: str = PATIENT_KEY,
         release_train_statistics: bool = False,
         assumptions: Sequence[str] = (),
+        purpose: str = "",
+        config_files: Sequence[str] = (),
+        partition: int | None = None,
         insecure_seed: int | None = None,
         epoch_length: int | None = None,
         amp: bool = False,
@@ -180,6 +187,10 @@ class DPSupervisedTrainer(SupervisedTrainer):
             plan,
             ledger,
             self._group,
+            ids=loader.dataset.units,  # type: ignore[attr-defined]
+            partition=partition,
+            purpose=purpose,
+            artifacts={"code": code_digest(), **file_digests(config_files)},
             unnoised=unnoised_by(handlers, release_train_statistics),
             assumptions=(*assumptions_of(plan, plain, loss_function, handlers), *assumptions),
             not_private=() if self._noise.is_secret else ("insecure_seed was set: the noise can be repeated",),
@@ -210,7 +221,12 @@ class DPSupervisedTrainer(SupervisedTrainer):
         # Refused before the engine starts: on an error inside it, a CheckpointSaver(save_final=True) would write the
         # untrained network over a model.
         if self.ledger_entry is None:
-            self._conduct.require_room()
+            steps = self._conduct.require_room()
+            if steps < self.plan.steps:
+                self.logger.warning(
+                    f"The budget {self.ledger.budget} has room for {steps} of the plan's {self.plan.steps} steps: the run "
+                    "will end early, with noise made for all of them. A plan of so many steps needs less noise."
+                )
         else:
             self._conduct.require_steps_left(self.ledger_entry)
         # Not Trainer.run: it makes a gradient scaler for amp, and scaled gradients would all be clipped.
@@ -219,6 +235,9 @@ class DPSupervisedTrainer(SupervisedTrainer):
         # ignite keeps the dead generator of a run that raised, and would end the next one at once, without a word.
         self._internal_run_generator = None
         Workflow.run(self)
+        # Not where it raised: a crash keeps the reservation, so that the run can be resumed.
+        if self.ledger_entry is not None:
+            self._conduct.end(self.ledger_entry, self._plain_network)
 
     def _iteration(self, engine: SupervisedTrainer, batchdata: Any) -> Any:
         """One Poisson draw: clip, sum, record, add noise, step; see the class."""
@@ -263,7 +282,8 @@ class DPSupervisedTrainer(SupervisedTrainer):
         inputs, targets, args, kwargs = rows_of_batch(batch, len(patient_index))
         forward = self._forward(args, kwargs, len(patient_index))
         if not self._probed:
-            self._probe(forward, inputs, targets)
+            refuse_mixing(self._plain_network, self.loss_function, self._row_loss, forward, inputs, targets)
+            self._probed = True
         predictions: list[tuple[Tensor, Any]] = []
 
         def observe(outputs: Tensor, rows: Tensor) -> None:
@@ -330,25 +350,6 @@ class DPSupervisedTrainer(SupervisedTrainer):
             return outputs.float() if self.amp and isinstance(outputs, Tensor) else outputs
 
         return forward
-
-    def _probe(self, forward: Callable[[Tensor, Tensor], Any], inputs: Tensor, targets: Tensor) -> None:
-        def row_losses(some_inputs: Tensor, some_targets: Tensor) -> Tensor:
-            first_rows = torch.zeros(len(some_inputs), dtype=torch.int64)
-            return self._row_loss(forward(some_inputs, first_rows), some_targets)
-
-        first_row = torch.zeros(1, dtype=torch.int64)
-        probe_input = torch.randn_like(inputs[:1]) if inputs.is_floating_point() else inputs[:1] * 0
-        changed = find_updated_buffers(self._plain_network, lambda: forward(probe_input, first_row))
-        if isinstance(self.loss_function, nn.Module):
-            loss_module = self._row_loss.unreduced
-            changed += find_updated_buffers(loss_module, lambda: row_losses(probe_input, targets[:1] * 0))
-        if changed:
-            raise ValueError(
-                f"the network or the loss updates {', '.join(changed)} in its forward pass: what it learns there is never "
-                "noised. Replace the layer (convert_batch_norm does so for batch norm)."
-            )
-        require_independent_rows(row_losses, inputs, targets)
-        self._probed = True
 
     def _buffer_versions(self) -> dict[str, tuple[int, int]]:
         # Data pointer and write count: nothing waits for a GPU, and nothing is copied.

@@ -13,13 +13,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from monai_privacy.accounting.ledger import LedgerEntry, PrivacyLedger
+from torch import nn
+
+from monai_privacy.accounting.ledger import PrivacyLedger
 from monai_privacy.accounting.ledger_file import LedgerError
+from monai_privacy.accounting.ledger_state import LedgerEntry
 from monai_privacy.accounting.values import PrivacyBudgetError
 from monai_privacy.distributed import ProcessGroup
 from monai_privacy.plan import DPSGDPlan
+from monai_privacy.provenance import network_digest
 
 
 class LedgerConduct:
@@ -29,6 +33,10 @@ class LedgerConduct:
         plan: the run's numbers.
         ledger: where they are recorded.
         group: the processes of the run.
+        ids: of the run's units, to check against a registered cohort.
+        partition: the part of the cohort that it sees.
+        purpose: who trains and why.
+        artifacts: SHA-256 of code and configs, by name.
         unnoised: what leaves without noise, in words.
         assumptions: what the claim rests on.
         not_private: why the run is not private at all; empty where it is.
@@ -40,6 +48,10 @@ class LedgerConduct:
         ledger: PrivacyLedger,
         group: ProcessGroup,
         *,
+        ids: Sequence[str],
+        partition: int | None,
+        purpose: str,
+        artifacts: Mapping[str, str],
         unnoised: Sequence[str],
         assumptions: Sequence[str],
         not_private: Sequence[str],
@@ -47,24 +59,30 @@ class LedgerConduct:
         self._plan = plan
         self._ledger = ledger
         self._group = group
+        self._ids = tuple(ids)
+        self._partition = partition
+        self._purpose = purpose
+        self._artifacts = dict(artifacts)
         self._unnoised = tuple(unnoised)
         self._assumptions = tuple(assumptions)
         self._not_private = tuple(not_private)
 
-    def require_room(self) -> None:
-        """Refuse a new run of which not even one step fits.
+    def require_room(self) -> int:
+        """How many of the planned steps the budget has room for; refuses a new run of which not even one fits.
 
         Raises:
             PrivacyBudgetError: then; nothing is written.
         """
-        self._group.first_does(
+        steps: int = self._group.first_says(
             lambda: self._ledger.require_room(
                 step=self._plan.step_event,
                 planned_steps=self._plan.steps,
                 unit=self._plan.unit,
+                fewest_steps=1,
                 not_private=self._not_private,
             )
         )
+        return steps
 
     def begin_or_continue(self, entry_id: str | None, iteration: int) -> str:
         """The entry of a run that has done so many iterations; a new one where ``entry_id`` is None.
@@ -75,7 +93,18 @@ class LedgerConduct:
         """
         found: str = self._group.first_says(self._begin) if entry_id is None else entry_id
         self._require_same_run(self._ledger.entry(found), iteration)
+        # A run that was committed when it ended goes on where there are steps to do.
+        self._group.first_does(lambda: self._ledger.reopen(found, fewest_steps=1))
         return found
+
+    def end(self, entry_id: str, network: nn.Module) -> None:
+        """Say that the run has ended and what came out, so that steps that it did not use are free again."""
+        self._group.first_does(lambda: self._end(entry_id, network))
+
+    def _end(self, entry_id: str, network: nn.Module) -> None:
+        entry = self._ledger.entry(entry_id)
+        if entry.state == "reserved" and entry.steps:
+            self._ledger.commit(entry_id, artifacts={"model": network_digest(network)})
 
     def record_step(self, entry_id: str) -> None:
         """Write the next step down, before it is released."""
@@ -92,6 +121,7 @@ class LedgerConduct:
         Raises:
             PrivacyBudgetError: then.
         """
+        self._group.first_does(lambda: self._ledger.reopen(entry_id, fewest_steps=1))
         if self.steps_left(entry_id) < 1:
             entry = self._ledger.entry(entry_id)
             raise PrivacyBudgetError(
@@ -100,11 +130,17 @@ class LedgerConduct:
             )
 
     def _begin(self) -> str:
-        return self._ledger.begin(
+        return self._ledger.reserve(
             step=self._plan.step_event,
             planned_steps=self._plan.steps,
+            # As many as fit: the trainer ends the run there, and has said so.
+            fewest_steps=1,
             delta=self._plan.delta,
             unit=self._plan.unit,
+            ids=self._ids,
+            partition=self._partition,
+            purpose=self._purpose,
+            artifacts=self._artifacts,
             facts=self._plan.to_dict(),
             unnoised=self._unnoised,
             assumptions=self._assumptions,

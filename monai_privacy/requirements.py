@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from monai_privacy.data.loading import units_of
-from monai_privacy.networks import FoldedBatchNorm
+from monai_privacy.mechanisms.losses import RowLoss
+from monai_privacy.mechanisms.probe import require_independent_rows
+from monai_privacy.networks import FoldedBatchNorm, find_updated_buffers
 from monai_privacy.plan import DPSGDPlan
 
 
@@ -85,6 +87,33 @@ def refuse_unsupported(network: nn.Module, optimizer: Optimizer, kwargs: dict[st
             "the optimizer is LBFGS: it evaluates the loss several times a step, each a release. Use SGD, Adam, NAdam "
             "or another first-order optimizer."
         )
+
+
+def refuse_mixing(
+    network: nn.Module,
+    loss_function: Callable[..., Any],
+    row_loss: RowLoss,
+    forward: Callable[[Tensor, Tensor], Any],
+    inputs: Tensor,
+    targets: Tensor,
+) -> None:
+    """Raise ValueError where the network or the loss learns in its forward pass, or one row's loss sees another row."""
+
+    def row_losses(some_inputs: Tensor, some_targets: Tensor) -> Tensor:
+        first_rows = torch.zeros(len(some_inputs), dtype=torch.int64)
+        return row_loss(forward(some_inputs, first_rows), some_targets)
+
+    first_row = torch.zeros(1, dtype=torch.int64)
+    probe_input = torch.randn_like(inputs[:1]) if inputs.is_floating_point() else inputs[:1] * 0
+    changed = find_updated_buffers(network, lambda: forward(probe_input, first_row))
+    if isinstance(loss_function, nn.Module):
+        changed += find_updated_buffers(row_loss.unreduced, lambda: row_losses(probe_input, targets[:1] * 0))
+    if changed:
+        raise ValueError(
+            f"the network or the loss updates {', '.join(changed)} in its forward pass: what it learns there is never "
+            "noised. Replace the layer (convert_batch_norm does so for batch norm)."
+        )
+    require_independent_rows(row_losses, inputs, targets)
 
 
 def unnoised_by(handlers: Any, release_train_statistics: bool) -> tuple[str, ...]:

@@ -27,8 +27,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import yaml
 
 from monai_privacy import DPSGDPlan, PrivacyLedger
+from monai_privacy.accounting import LedgerState
 from monai_privacy.cli import main
 from monai_privacy.data import write_synthetic_chest_xrays
 from monai_privacy.errors import user_message
@@ -98,7 +100,8 @@ BAD_NUMBERS = [
     ({"delta": 0}, "delta is 0.0"),
     ({"delta": 1}, "delta is 1.0"),
     ({"num-patients": 0}, "num_patients is 0"),
-    ({"epochs": 3}, "exactly one is needed"),
+    ({"epochs": 3}, "give one of them"),
+    ({"noise-multiplier": 1}, "nothing left out: exactly one number can be found"),
 ]
 
 
@@ -106,6 +109,24 @@ BAD_NUMBERS = [
 def test_numbers_out_of_range_give_one_line(change, message):
     options = [f"--{name}={value}" for name, value in (GOOD | change).items()]
     assert_one_line(call("calibrate", *options), message)
+
+
+def test_calibrate_finds_whichever_number_is_left_out():
+    shared = ["--num-patients", 1000, "--epsilon", 2, "--json"]
+    plan = DPSGDPlan(num_patients=1000, expected_batch_size=100, steps=30, delta=1e-5).calibrate(epsilon=2)
+    size, steps, noise = (
+        ["--expected-batch-size", 100], ["--steps", 30], ["--noise-multiplier", plan.noise_multiplier]
+    )  # fmt: skip
+    for known, name, expected in ((size + noise, "steps", 30), (steps + noise, "expected_batch_size", 100)):
+        numbers = json.loads(call("calibrate", *shared, *known).stdout)
+        assert numbers[name] == pytest.approx(expected, abs=1)
+        assert numbers["epsilon"] <= 2
+        one_more = DPSGDPlan(
+            **{key: value for key, value in numbers.items() if key != "epsilon"} | {name: numbers[name] + 1}
+        )
+        assert one_more.epsilon() > 2
+    assert_one_line(call("calibrate", *shared, *size), "--steps and --noise-multiplier left out")
+    assert_one_line(call("calibrate", *shared, "--epochs", 3), "how many steps that is hangs on --expected-batch-size")
 
 
 def test_delta_at_or_above_one_over_n_warns_in_one_line():
@@ -118,11 +139,162 @@ def test_delta_at_or_above_one_over_n_warns_in_one_line():
 def test_report_reads_a_ledger(tmp_path):
     plan = DPSGDPlan(num_patients=100, expected_batch_size=10, steps=5, delta=1e-3, noise_multiplier=1.0)
     ledger = PrivacyLedger(tmp_path / "ledger.jsonl")
-    entry = ledger.begin(step=plan.step_event, planned_steps=5, delta=1e-3, unit="patient", facts=plan.to_dict())
+    entry = ledger.reserve(step=plan.step_event, planned_steps=5, delta=1e-3, unit="patient", facts=plan.to_dict())
     ledger.record_step(entry)
     assert "# Privacy report" in call("report", tmp_path / "ledger.jsonl").stdout
     told = json.loads(call("report", tmp_path / "ledger.jsonl", "--json").stdout)
     assert told["epsilon"] == pytest.approx(plan.epsilon(steps=1))
+
+
+@pytest.fixture
+def ledger(tmp_path) -> Path:
+    """A registered cohort with one run of three of its five steps, open."""
+    (tmp_path / "ids.txt").write_text("".join(f"patient-{number}\n" for number in range(100)), encoding="utf-8")
+    path = tmp_path / "ledger.jsonl"
+    done = call(
+        "ledger", "register", path, "--cohort", "Lungs", "--epsilon", 8, "--delta", 1e-3, "--ids", tmp_path / "ids.txt"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "registered 'Lungs'" in done.stdout
+    assert "100 patients; budget ε = 8 at δ = 0.001" in done.stdout
+    book = PrivacyLedger(path)
+    plan = DPSGDPlan(num_patients=100, expected_batch_size=10, steps=5, delta=1e-3, noise_multiplier=1.0)
+    entry = book.reserve(
+        step=plan.step_event, planned_steps=5, delta=1e-3, unit="patient", facts=plan.to_dict(), purpose="=first()"
+    )
+    for _ in range(3):
+        book.record_step(entry)
+    return path
+
+
+def test_report_writes_three_files_and_verify_finds_them_true(ledger, tmp_path):
+    folder = tmp_path / "report"
+    done = call("report", ledger, "--output", folder)
+    assert done.stdout.split() == [str(folder / f"privacy_report.{end}") for end in ("json", "md", "html")]
+    assert json.loads(call("report", ledger, "--output", folder, "--json").stdout) == done.stdout.split()
+    told = call("verify", folder / "privacy_report.json", ledger)
+    assert (told.returncode, "says what" in told.stdout) == (0, True)
+    assert json.loads(call("verify", folder / "privacy_report.json", ledger, "--json").stdout)["same"] is True
+    text = (folder / "privacy_report.json").read_text(encoding="utf-8").replace('"steps": 3', '"steps": 2')
+    (folder / "privacy_report.json").write_text(text, encoding="utf-8")
+    told = call("verify", folder / "privacy_report.json", ledger)
+    assert told.returncode == 3
+    assert told.stdout == "entries.1.steps: the report says 2, the ledger gives 3\n"
+    told = json.loads(call("verify", folder / "privacy_report.json", ledger, "--json").stdout)
+    assert (told["same"], len(told["differences"])) == (False, 1)
+    assert_one_line(call("verify", tmp_path / "none.json", ledger), "is no file")
+    assert_one_line(call("verify", tmp_path / "ids.txt", ledger), "is no report")
+
+
+def test_ledger_status_says_what_was_spent_by_whom(ledger):
+    book = PrivacyLedger(ledger)
+    told = call("ledger", "status", ledger).stdout
+    for part in ("cohort: Lungs", "budget: ε = 8 at δ = 0.001", "=first()", book.entries[0].entry_id[:8], "reserved"):
+        assert part in told
+    found = json.loads(call("ledger", "status", ledger, "--json").stdout)
+    assert found["epsilon"] == book.epsilon(1e-3) < found["reserved"] == book.state.epsilon(1e-3, reserved=True)
+    assert found["entries"][0]["steps"] == 3
+    assert found["cohort"]["num_units"] == 100
+    assert json.loads(call("ledger", "status", ledger, "--delta", 1e-5, "--json").stdout)["epsilon"] == book.epsilon(
+        1e-5
+    )
+
+
+def test_ledger_what_if_has_an_exit_code_for_no(ledger):
+    run = ["ledger", "what-if", ledger, "--num-patients", 100, "--expected-batch-size", 10, "--steps", 20]
+    before = ledger.read_bytes()
+    done = call(*run, "--noise-multiplier", 2)
+    assert (done.returncode, "; fits" in done.stdout) == (0, True)
+    done = call(*run, "--noise-multiplier", 0.3)
+    assert (done.returncode, "does not fit: only " in done.stdout) == (3, True)
+    # Left out, the noise is the least that fits.
+    found = json.loads(call(*run, "--json").stdout)
+    assert found["fits"]
+    assert 7.9 < found["epsilon_then"] <= 8
+    less = call(*run, "--noise-multiplier", found["noise_multiplier"] * 0.99, "--json")
+    assert (less.returncode, json.loads(less.stdout)["fits"]) == (3, False)
+    assert ledger.read_bytes() == before
+    plain = ledger.with_name("plain.jsonl")
+    PrivacyLedger(plain)
+    assert_one_line(call("ledger", "what-if", plain, *run[3:]), "has no budget, so any run fits")
+
+
+def test_ledger_what_if_of_an_adaptive_cohort(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    call("ledger", "register", path, "--cohort", "Lungs", "--epsilon", 2, "--delta", 1e-5, "--adaptive")
+    run = ["ledger", "what-if", path, "--num-patients", 1000, "--expected-batch-size", 50, "--steps", 50, "--json"]
+    found = json.loads(call(*run).stdout)
+    assert found["fits"]
+    less = call(*run, "--noise-multiplier", found["noise_multiplier"] * 0.99)
+    assert (less.returncode, json.loads(less.stdout)["fits"]) == (3, False)
+
+
+def test_ledger_verify_names_the_line(ledger):
+    done = call("ledger", "verify", ledger)
+    assert (done.returncode, "5 lines follow one another" in done.stdout) == (0, True)
+    assert "missing" not in done.stdout
+    assert json.loads(call("ledger", "verify", ledger, "--json").stdout) == {
+        "lines": 5, "sha256": LedgerState.of_file(ledger).last_hash,
+        "within_budget": True, "end_is_known": True,
+    }  # fmt: skip
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    for changed, named in (
+        ([*lines[:2], lines[2].replace(b'"step":1', b'"step":7'), *lines[3:]], "line 3"),
+        ([*lines[:2], *lines[3:]], "line 3"),
+        ([*lines[:2], lines[3], lines[2], lines[4]], "line 3"),
+        ([*lines[:3], lines[2], *lines[3:]], "line 4"),
+        (lines[:-1], "line 5: it is missing"),
+        ([*lines[:-1], lines[-1].replace(b'"time":"2', b'"time":"1')], "line 5: it is not the line"),
+    ):
+        ledger.write_bytes(b"".join(changed))
+        assert_one_line(call("ledger", "verify", ledger), named)
+    ledger.write_bytes(b"".join(lines))
+    ledger.with_name("ledger.jsonl.head").unlink()
+    assert "its .head file is missing" in call("ledger", "verify", ledger).stdout
+
+
+def test_ledger_export(ledger):
+    found = json.loads(call("ledger", "export", ledger).stdout)
+    assert found["cohort"]["name"] == "Lungs"
+    assert found["budget"] == {"epsilon": 8.0, "delta": 1e-3}
+    assert found["entries"][0]["event"]["kind"] == "poisson_sampled"
+    (row,) = csv.DictReader(io.StringIO(call("ledger", "export", ledger, "--format", "csv").stdout))
+    assert (row["steps"], row["purpose"]) == ("3", "'=first()"), "no formula for a spreadsheet"
+    assert json.loads(row["event"]) == found["entries"][0]["event"]
+    draft = yaml.safe_load(call("ledger", "export", ledger, "--format", "registry").stdout)
+    assert draft["deployment"]["privacy_loss"]["privacy_unit"] == "patient-level"
+
+
+def test_ledger_commit_and_void(ledger):
+    book = PrivacyLedger(ledger)
+    run = book.entries[0].entry_id
+    other = book.reserve(step=book.entries[0].step, planned_steps=2, delta=1e-3, unit="patient")
+    assert_one_line(call("ledger", "void", ledger, run[:8]), "it cannot be void. Commit it.")
+    assert_one_line(call("ledger", "commit", ledger, other[:8]), "void it instead")
+    assert_one_line(call("ledger", "commit", ledger, "zzz"), "0 runs of")
+    assert "committed with 3 steps" in call("ledger", "commit", ledger, run[:8]).stdout
+    assert "is void" in call("ledger", "void", ledger, other).stdout
+    assert [entry.state for entry in book.entries] == ["committed", "void"]
+    assert_one_line(call("ledger", "void", ledger, other), "is void already")
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "export", "commit", "void", "what-if"])
+def test_a_ledger_that_is_not_there_is_not_made(tmp_path, command):
+    more = {"commit": ["x"], "void": ["x"]}.get(command, [])
+    if command == "what-if":
+        more = ["--num-patients", 9, "--expected-batch-size", 3, "--steps", 3]
+    assert_one_line(call("ledger", command, tmp_path / "none.jsonl", *more), "is no ledger file")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_registrations_give_one_line(tmp_path, ledger):
+    new = ["ledger", "register", tmp_path / "new.jsonl", "--cohort", "Lungs", "--epsilon", 8, "--delta", 1e-3]
+    assert_one_line(call(*new, "--ids", tmp_path / "none.txt"), "does not exist")
+    assert_one_line(call(*new, "--unit", "hospital"), "unit is 'hospital'")
+    assert_one_line(call(*new, "--partitions", 2), "no ids were given")
+    assert_one_line(call(*new[:2], ledger, *new[3:]), "a cohort is registered once")
+    assert not (tmp_path / "new.jsonl").exists()
+    assert json.loads(call(*new, "--json").stdout)["name"] == "Lungs"
 
 
 def test_a_missing_or_damaged_ledger_gives_one_line(tmp_path):

@@ -31,12 +31,13 @@ ROOT = Path(monai_privacy.__file__).parent
 LAYERS = [
     ["accounting"],
     ["mechanisms", "networks"],
-    ["data", "plan", "report", "distributed"],
+    ["data", "plan", "report", "distributed", "provenance", "opacus_accountant"],
     ["requirements", "train_statistics", "ledger_conduct"],
     ["engines"],
     ["handlers"],
     ["figures", "errors", "bundle"],
     ["demo"],
+    ["ledger_cli"],
     ["cli"],
     ["__main__", "__init__"],
 ]

@@ -18,17 +18,22 @@ import json
 import math
 import re
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from dp_accounting.dp_event import DpEvent, GaussianDpEvent, SelfComposedDpEvent
 
 from monai_privacy import DPSGDPlan, LedgerError, PrivacyBudget, PrivacyLedger, PrivacyReport, accounting, report
 from monai_privacy.accounting.accountants import group_epsilon
 from monai_privacy.accounting.events import composed
+from monai_privacy.accounting.ledger_state import LedgerState
+from monai_privacy.report import verification
 
 PLAN = DPSGDPlan(num_patients=100, expected_batch_size=20, steps=40, delta=1e-3, noise_multiplier=4.0)
+SCHEMA_FILE = Path(report.__file__).with_name("privacy_report.schema.json")
 STATISTICS = "training images, loss, predictions and metrics, to whatever handler asks for them"
 VALIDATION = "metrics on the validation patients, and whatever was chosen by them"
 
@@ -51,7 +56,7 @@ def run(
         "facts": plan.to_dict(),
         "assumptions": ("the number of patients, 100, is public",),
     }
-    entry = book.begin(**settings | options)
+    entry = book.reserve(**settings | options)
     for _ in range(steps):
         book.record_step(entry)
     return SelfComposedDpEvent(step or plan.step_event, steps)
@@ -99,14 +104,13 @@ def test_the_epsilon_is_of_the_steps_that_are_listed(path: Path, monkeypatch: py
     book = PrivacyLedger(path)
     run(book)
     entry, trainer = book.entries[0].entry_id, PrivacyLedger(path)
-    sync = PrivacyLedger._sync
+    bounds = LedgerState.bounds
 
-    def sync_and_train(self: PrivacyLedger) -> None:
-        sync(self)
-        if self is book:
-            trainer.record_step(entry)
+    def train_and_bound(self: LedgerState, *arguments: Any, **options: Any) -> Any:
+        trainer.record_step(entry)
+        return bounds(self, *arguments, **options)
 
-    monkeypatch.setattr(PrivacyLedger, "_sync", sync_and_train)
+    monkeypatch.setattr(LedgerState, "bounds", train_and_bound)
     found = PrivacyReport.from_ledger(book)
     steps = found.entries[0].steps
     assert found.epsilon == accounting.epsilon(SelfComposedDpEvent(PLAN.step_event, steps), PLAN.delta)
@@ -171,7 +175,8 @@ def test_one_run_without_guarantee_spoils_the_whole_cohort(path: Path) -> None:
     assert found.accountant is None
     # No number may stand where none holds.
     assert found.bounds == {"pld": None, "rdp": None}
-    assert set(found.group_epsilon.values()) == {None}
+    assert (found.other_units, found.risk, found.risk_curve, found.risk_in_words) == ({}, {}, (), "")
+    assert found.without_amplification is found.epsilon_reserved is None
     assert [entry.epsilon is None for entry in found.entries] == [False, True]
     assert "| ε | none |" in str(found)
     assert "| upper bounds | PLD none, RDP none |" in str(found)
@@ -192,19 +197,18 @@ def test_a_run_without_guarantee_that_never_ran_spoils_nothing(path: Path) -> No
 
 
 def made(epsilon: float, **changes: Any) -> PrivacyReport:
-    entry = report.ReportEntry("e" * 32, "mechanism", epsilon, epsilon, 1e-5, 1, 1, {}, (), (), ())
+    entry = report.ReportEntry(
+        entry_id="e" * 32, purpose="", state="committed", mechanism="mechanism", sampling="Poisson", epsilon=epsilon,
+        epsilon_of_planned_steps=epsilon, delta=1e-5, steps=1, planned_steps=1, partition=None, members="checked",
+        event={}, facts={"max_grad_norm": 1.0}, unnoised=(), assumptions=(), not_private=(), artifacts={},
+    )  # fmt: skip
     settings = {
-        "ledger": "ledger.jsonl",
-        "status": "formal, with assumptions",
-        "unit": "patient",
-        "epsilon": epsilon,
-        "delta": 1e-5,
-        "accountant": "an accountant",
-        "bounds": {"pld": epsilon, "rdp": None},
-        "budget": None,
-        "group_epsilon": {},
-        "entries": (entry,),
-    }
+        "ledger": "ledger.jsonl", "status": "formal, with assumptions", "reasons": (), "unit": "patient",
+        "epsilon": epsilon, "delta": 1e-5, "accountant": "an accountant", "bounds": {"pld": epsilon, "rdp": None},
+        "budget": None, "epsilon_reserved": epsilon, "without_amplification": None, "other_units": {}, "risk": {},
+        "risk_curve": (), "entries": (entry,), "not_covered": ("rain",), "cohort": None, "ledger_lines": 3,
+        "ledger_hash": "0" * 64, "begun": (),
+    }  # fmt: skip
     return PrivacyReport(**settings | changes)
 
 
@@ -280,22 +284,30 @@ def test_a_budget_sets_the_delta(path: Path) -> None:
     assert found.entries[0].delta == PLAN.delta
 
 
-def test_image_level_runs_get_the_bound_for_patients_with_several(path: Path) -> None:
+def test_image_level_runs_say_what_holds_for_patients_with_several(path: Path) -> None:
     plan = dataclasses.replace(PLAN, unit="image")
     event = run(path, plan=plan, steps=2)
     found = PrivacyReport.from_ledger(path)
     assert found.unit == "image"
-    assert found.group_epsilon == {k: group_epsilon(event, PLAN.delta, k) for k in (2, 5, 10)}
-    assert found.epsilon * 2 <= found.group_epsilon[2] < found.group_epsilon[5] < found.group_epsilon[10]
-    assert "| ε, patient with 10 images | " in str(found)
-    assert json.loads(found.to_json())["group_epsilon"] == {str(k): v for k, v in found.group_epsilon.items()}
+    names = [f"a patient with {k} images" for k in (2, 5, 10)]
+    assert list(found.other_units) == names
+    costs = [found.other_units[name] for name in names]
+    assert found.epsilon < costs[0] < costs[1] < costs[2]
+    for size, cost in zip((2, 5, 10), costs, strict=True):
+        exact = accounting.capped_images_event(
+            sample_rate=0.2, noise_multiplier=4.0, max_images_per_patient=size, steps=2
+        )
+        assert cost == pytest.approx(accounting.epsilon(exact, PLAN.delta), rel=0.02)
+        assert cost <= group_epsilon(event, PLAN.delta, size)
+    assert "| ε, a patient with 10 images | " in str(found)
+    assert json.loads(found.to_json())["other_units"] == found.other_units
 
 
-def test_patient_level_runs_need_none(path: Path) -> None:
-    run(path, steps=1)
+def test_patient_level_runs_say_what_holds_for_an_image(path: Path) -> None:
+    event = run(path, steps=1)
     found = PrivacyReport.from_ledger(path)
-    assert found.group_epsilon == {}
-    assert "patient with" not in str(found)
+    assert found.other_units == {"one image of a patient, removed or changed": group_epsilon(event, PLAN.delta, 2)}
+    assert found.other_units["one image of a patient, removed or changed"] > 2 * found.epsilon
 
 
 def test_an_infinite_group_bound_is_none(path: Path) -> None:
@@ -303,9 +315,85 @@ def test_an_infinite_group_bound_is_none(path: Path) -> None:
     found = PrivacyReport.from_ledger(path)
     assert found.epsilon > 100
     assert found.bounds["pld"] is None
-    assert found.group_epsilon[10] is None
-    assert "| ε, patient with 10 images | none |" in str(found)
+    assert found.other_units["a patient with 10 images"] is None
+    assert "| ε, a patient with 10 images | none |" in str(found)
     json.loads(found.to_json(), parse_constant=pytest.fail)
+
+
+def test_what_would_hold_without_amplification(path: Path) -> None:
+    run(path, steps=20)
+    found = PrivacyReport.from_ledger(path)
+    # 20 steps of a fifth: four times each patient.
+    plain = accounting.epsilon(SelfComposedDpEvent(GaussianDpEvent(4.0), 4), PLAN.delta)
+    assert found.without_amplification == pytest.approx(plain)
+    assert found.without_amplification > found.epsilon
+    assert "| ε without amplification (draws seen, or shuffled) | " in str(found)
+
+
+def test_the_risk_is_that_of_the_best_attacker(path: Path) -> None:
+    event = run(path, steps=20)
+    found = PrivacyReport.from_ledger(path)
+    rates = accounting.true_positive_rates(event, [0.001, 0.01])
+    assert list(found.risk.values()) == pytest.approx(list(rates))
+    assert set(found.risk) == {"0.001", "0.01"}
+    assert dict(found.risk_curve)[0.001] == found.risk["0.001"]
+    share = re.search(r"recognises at most ([\d.]+) % of those", found.risk_in_words)[1]
+    assert found.risk["0.001"] * 100 <= float(share) <= found.risk["0.001"] * 100 + 0.1
+    assert found.risk_in_words in str(found)
+    assert "| best attacker, 0.1% false positives | at most " in str(found)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-9, 0.00101, 0.0271, 0.5, 0.999, 0.99999, 1.0])
+def test_percentages_never_flatter(share: float) -> None:
+    text = report.numbers.rounded_up_percent(share)
+    assert share * 100 <= float(text.removesuffix(" %")) <= min(100, share * 100 + 0.1)
+
+
+def test_reservations_of_open_runs_are_shown_beside_the_claim(path: Path) -> None:
+    book = PrivacyLedger(path, budget=PrivacyBudget(8.0, 1e-5))
+    run(book, steps=5)
+    found = PrivacyReport.from_ledger(path)
+    assert found.epsilon_reserved > found.epsilon
+    assert found.epsilon_reserved == pytest.approx(accounting.epsilon(SelfComposedDpEvent(PLAN.step_event, 40), 1e-5))
+    book.commit(book.entries[0].entry_id, artifacts={"model": "12" * 32})
+    done = PrivacyReport.from_ledger(path)
+    assert done.epsilon_reserved == done.epsilon == found.epsilon
+    assert done.entries[0].state == "committed"
+    assert f"| SHA-256, model | {'12' * 8} |" in str(done)
+
+
+def test_parts_of_a_cohort_cost_what_the_dearest_costs(path: Path) -> None:
+    ids = [f"patient-{number}" for number in range(60)]
+    book = PrivacyLedger.register(path, cohort="Lungs", budget=PrivacyBudget(8.0, 1e-5), ids=ids, partitions=3)
+    parts = [book.partition_ids(ids, part) for part in range(3)]
+    assert sorted(sum(parts, [])) == sorted(ids)
+    events = [run(book, steps=5 * (part + 1), ids=parts[part], partition=part) for part in range(3)]
+    whole = run(book, steps=2, ids=ids)
+    found = PrivacyReport.from_ledger(path)
+    assert found.epsilon == accounting.epsilon(composed([events[2], whole]), 1e-5)
+    assert found.epsilon < accounting.epsilon(composed([*events, whole]), 1e-5)
+    assert found.cohort["name"] == "Lungs"
+    assert [entry.members for entry in found.entries] == ["checked"] * 4
+    assert "| cohort | Lungs, 60 patients registered |" in str(found)
+    assert "| part of the cohort | 2 |" in str(found)
+
+
+def test_an_adaptive_cohort_claims_its_filter_and_not_what_it_would_be_otherwise(path: Path) -> None:
+    book = PrivacyLedger.register(path, cohort="Lungs", budget=PrivacyBudget(3.0, 1e-5), adaptive=True)
+    event = run(book, steps=3)
+    found = PrivacyReport.from_ledger(path)
+    assert found.epsilon == 3.0 > accounting.epsilon(event, 1e-5)
+    assert found.bounds["pld as if fixed beforehand"] == accounting.epsilon_bounds(event, 1e-5).pld
+    assert found.accountant.startswith("Rényi filter of order ")
+    # What an attacker can do is what the whole budget allows.
+    exact = true_positive_rate_of_one_pair(3.0, 1e-5, 0.01)
+    assert found.risk["0.01"] <= exact
+    assert found.risk["0.01"] > accounting.true_positive_rates(event, [0.01])[0]
+
+
+def true_positive_rate_of_one_pair(epsilon: float, delta: float, rate: float) -> float:
+    """Wasserman & Zhou 2010, Theorem 2.4."""
+    return min(math.exp(epsilon) * rate + delta, 1 - math.exp(-epsilon) * (1 - delta - rate))
 
 
 # --- files
@@ -316,13 +404,16 @@ def test_json_is_strict_and_complete(path: Path) -> None:
     found = PrivacyReport.from_ledger(path)
     data = json.loads(found.to_json(), parse_constant=pytest.fail)
     assert data == json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert data["schema"] == 1
+    jsonschema.validate(data, json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+    assert data["schema"] == "monai_privacy.report/2"
     assert data["claim"] == found.claim
     assert data["epsilon"] == found.epsilon
     assert data["entries"][0]["facts"] == PLAN.to_dict()
     assert data["entries"][0]["unnoised"] == [VALIDATION]
     assert data["not_covered"] == list(found.not_covered)
-    assert set(data) == {"schema", "claim"} | {field.name for field in dataclasses.fields(PrivacyReport)}
+    assert set(data) == {"schema", "claim", "risk_in_words"} | {
+        field.name for field in dataclasses.fields(PrivacyReport)
+    }
 
 
 def test_markdown(path: Path) -> None:
@@ -362,10 +453,12 @@ def test_write(path: Path, tmp_path: Path) -> None:
     found = PrivacyReport.from_ledger(path)
     for _ in range(2):
         paths = found.write(tmp_path / "new" / "folder")
-        assert [p.name for p in paths] == ["privacy_report.json", "privacy_report.md"]
+        assert [p.name for p in paths] == ["privacy_report.json", "privacy_report.md", "privacy_report.html"]
         assert paths[0].read_text(encoding="utf-8") == found.to_json()
         assert paths[1].read_text(encoding="utf-8") == found.to_markdown()
+        assert paths[2].read_text(encoding="utf-8") == found.to_html()
         assert "ε" in paths[1].read_text(encoding="utf-8")
+    assert len(found.write(tmp_path / "other", html=False)) == len(list((tmp_path / "other").iterdir())) == 2
 
 
 def test_a_missing_file_is_not_made(tmp_path: Path) -> None:
@@ -404,4 +497,217 @@ def test_the_state_of_the_ledger_and_the_planned_steps_are_named(path: Path) -> 
     assert found.ledger_lines == len(path.read_bytes().splitlines())
     (entry,) = found.entries
     assert entry.epsilon_of_planned_steps == PLAN.epsilon() > entry.epsilon
-    assert "Poisson draw" in entry.mechanism
+    assert entry.sampling == "Poisson, each unit on its own coin with probability 0.2"
+    assert "DP-SGD" in entry.mechanism
+    assert entry.event == accounting.event_to_dict(SelfComposedDpEvent(PLAN.step_event, 5))
+
+
+@pytest.mark.parametrize(
+    ("step", "mechanism", "sampling"),
+    [
+        (GaussianDpEvent(5.0), "Gaussian noise", "none: every unit each time"),
+        (accounting.laplace_event(5.0), "Laplace noise", "none: every unit each time"),
+        (
+            accounting.truncated_dpsgd_event(
+                num_patients=100, sample_rate=0.2, max_batch_size=40, noise_multiplier=4.0
+            ).event,
+            "Gaussian noise on a sum of clipped gradients (DP-SGD)",
+            "probability 0.2, cut down at random to 40",
+        ),
+        (
+            accounting.capped_images_event(sample_rate=0.02, noise_multiplier=4.0, max_images_per_patient=3).event,
+            "certified for patients with at most so many",
+            "each of at most 3 images of a patient",
+        ),
+        (
+            accounting.tuning_event(SelfComposedDpEvent(PLAN.step_event, 3), mean_runs=5.0),
+            "of which the best was released",
+            "none: every unit each time",
+        ),
+        (composed([GaussianDpEvent(5.0), accounting.laplace_event(9.0)]), "several, one after another", "none"),
+    ],
+    ids=["gaussian", "laplace", "truncated", "images", "tuned", "several"],
+)
+def test_every_kind_of_release_is_named(path: Path, step: DpEvent, mechanism: str, sampling: str) -> None:
+    run(path, step=step, steps=2)
+    (entry,) = PrivacyReport.from_ledger(path).entries
+    assert mechanism in entry.mechanism
+    assert sampling in entry.sampling
+
+
+# --- the page
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load, the text, and the tags that were left open."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "link", "line", "rect", "circle", "path", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_holds_what_the_report_holds(path: Path) -> None:
+    run(path, unnoised=(VALIDATION,), purpose="Pneumonia, first try")
+    found = PrivacyReport.from_ledger(path)
+    page = Page(found.to_html())
+    assert page.open == []
+    for part in (
+        found.claim, found.risk_in_words, VALIDATION, "the number of patients, 100, is public", found.not_covered[0],
+        "Pneumonia, first try", "5 of 40 planned", found.accountant, "formal, with assumptions", found.ledger_hash[:16],
+    ):  # fmt: skip
+        assert " ".join(part.split()) in " ".join(page.text.split())
+    assert sum(tag == "svg" for tag, _ in page.tags) == 2
+    assert all(attributes["aria-label"] for tag, attributes in page.tags if tag == "svg")
+
+
+def test_the_page_loads_nothing_and_runs_nothing(path: Path) -> None:
+    run(path)
+    page = Page(PrivacyReport.from_ledger(path).to_html())
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not any(name in attributes for _, attributes in page.tags for name in ("src", "href", "onload"))
+
+
+@pytest.mark.parametrize(
+    "evil", ["<script>alert(1)</script>", "| a | b |\n# Private", '"><img src=x onerror=alert(1)>']
+)
+def test_what_a_ledger_says_is_text_and_no_markup(path: Path, evil: str) -> None:
+    PrivacyLedger.register(path, cohort=evil, budget=PrivacyBudget(8.0, 1e-5))
+    run(path, purpose=evil, assumptions=(evil,), unnoised=(evil,), facts={"max_grad_norm": 1.0, evil: evil})
+    found = PrivacyReport.from_ledger(path)
+    page = Page(found.to_html())
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert " ".join(evil.split()) in " ".join(page.text.split())
+    text = found.to_markdown()
+    assert "<script>" not in text
+    assert "<img" not in text
+    assert "\n# Private" not in text
+    assert all(line.replace("\\|", "").count("|") == 3 for line in text.splitlines() if line.startswith("|"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"not_private": ("insecure_seed was set",)}, {"steps": 0}, {"delta": 0.02}], ids=str
+)
+def test_a_page_without_a_claim_praises_nothing(path: Path, options: dict) -> None:
+    run(path, **options)
+    page = Page(PrivacyReport.from_ledger(path).to_html())
+    assert sum(tag == "svg" for tag, _ in page.tags) == 0
+    assert ("number bad", True) in [(attributes.get("class"), True) for _, attributes in page.tags]
+
+
+# --- the registry
+
+
+def test_the_registry_draft_says_what_the_report_says(path: Path) -> None:
+    PrivacyLedger.register(path, cohort="Lungs of 2026", budget=PrivacyBudget(8.0, 1e-5))
+    run(path, unnoised=(VALIDATION,))
+    found = PrivacyReport.from_ledger(path)
+    entry = found.to_registry(curators=("A hospital",))
+    assert (entry["url_slug"], entry["status"], entry["tier"]) == ("lungs-of-2026", "Draft", 3)
+    deployment = entry["deployment"]
+    parameters = deployment["privacy_loss"]["privacy_parameters"]
+    assert found.epsilon <= parameters["epsilon"] <= found.epsilon + 1e-4
+    assert parameters["delta"] == 1e-5
+    assert deployment["basic"]["data_curators"] == ["A hospital"]
+    assert deployment["dp_variant"]["unprotected_quantities"] == VALIDATION
+    assert deployment["basic"]["intended_use"] == "TO BE WRITTEN"
+    with pytest.raises(ValueError, match="no claim that could be registered"):
+        made(1.0, epsilon=None, status="not private").to_registry()
+
+
+# --- verification
+
+
+def verified(path: Path, folder: Path) -> tuple[Path, dict]:
+    """A ledger with a run, and its report as a file and as a dictionary."""
+    run(PrivacyLedger(path, budget=PrivacyBudget(8.0, 1e-5)), unnoised=(VALIDATION,))
+    file = PrivacyReport.from_ledger(path).write(folder)[0]
+    return file, json.loads(file.read_text(encoding="utf-8"))
+
+
+def test_a_true_report_is_verified_also_when_the_ledger_has_grown(path: Path, tmp_path: Path) -> None:
+    file, _ = verified(path, tmp_path / "report")
+    assert verification.differences(file, path) == []
+    run(path, steps=3)
+    assert verification.differences(file, path) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("epsilon",), 0.5),
+        (("delta",), 1e-9),
+        (("status",), "formal"),
+        (("claim",), "All is well."),
+        (("unit",), "image"),
+        (("budget", "epsilon"), 9.0),
+        (("risk", "0.01"), 0.011),
+        (("without_amplification",), None),
+        (("entries", 0, "steps"), 4),
+        (("entries", 0, "unnoised"), []),
+        (("entries", 0, "event", "event", "event", "noise_multiplier"), 8.0),
+        (("entries", 0, "facts", "max_grad_norm"), 2.0),
+        (("not_covered", 3), "nobody"),
+    ],
+    ids=str,
+)
+def test_a_report_that_was_changed_is_caught_and_the_place_is_named(
+    path: Path, tmp_path: Path, where: tuple, value: object
+) -> None:
+    file, data = verified(path, tmp_path / "report")
+    inner = data
+    for key in where[:-1]:
+        inner = inner[key]
+    assert inner[where[-1]] != value
+    inner[where[-1]] = value
+    file.write_text(json.dumps(data), encoding="utf-8")
+    named = ".".join(str(key + 1) if isinstance(key, int) else key for key in where)
+    (said,) = verification.differences(file, path)
+    assert said.startswith(f"{named}: the report says ")
+
+
+def test_fields_that_were_added_or_dropped_are_named(path: Path, tmp_path: Path) -> None:
+    file, data = verified(path, tmp_path / "report")
+    del data["not_covered"]
+    data["praise"] = "excellent"
+    file.write_text(json.dumps(data), encoding="utf-8")
+    said = verification.differences(file, path)
+    assert [line.split(":")[0] for line in said] == ["praise", "not_covered"]
+
+
+def test_another_ledger_or_one_cut_off_is_named(path: Path, tmp_path: Path) -> None:
+    file, data = verified(path, tmp_path / "report")
+    other = tmp_path / "other.jsonl"
+    run(PrivacyLedger(other, budget=PrivacyBudget(8.0, 1e-5)))
+    (said,) = verification.differences(file, other)
+    assert "it is another ledger" in said
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-2]))
+    path.with_name(path.name + ".head").unlink()
+    with pytest.raises(LedgerError, match=f"has {len(lines) - 2} lines, not {len(lines)}"):
+        verification.differences(file, path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1}', '{"schema": "monai_privacy.report/2"}', "\x00"])
+def test_what_is_no_report_is_refused(path: Path, tmp_path: Path, content: str) -> None:
+    run(path)
+    file = tmp_path / "privacy_report.json"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no report|schema|which state"):
+        verification.differences(file, path)
+    with pytest.raises(FileNotFoundError, match="name the privacy_report.json"):
+        verification.differences(tmp_path / "none.json", path)

@@ -9,11 +9,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+
 """What recorded events cost: the smaller of two valid upper bounds on ε, under add-or-remove-one of a unit."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +21,22 @@ from functools import lru_cache
 from importlib.metadata import version
 
 import numpy as np
-from dp_accounting import dp_event, rdp
+from dp_accounting import dp_event
 from dp_accounting.dp_event import DpEvent
 from dp_accounting.pld import privacy_loss_distribution as pld_lib
+from dp_accounting.rdp.rdp_privacy_accountant import compute_delta, compute_epsilon
 from numpy.typing import NDArray
 
+from monai_privacy.accounting.divergences import (
+    ORDERS,
+    combined,
+    finest_interval,
+    has_distribution,
+    has_tight_divergence,
+    privacy_loss_distribution,
+    renyi_divergences,
+    without_amplification,
+)
 from monai_privacy.accounting.events import composed, leaves
 from monai_privacy.accounting.values import PrivacyBudget, checked_count, checked_delta
 
@@ -41,8 +52,7 @@ _LARGE_EPSILON = 100.0
 # δ = 1e-12 understates ε. Nine times that is taken off δ, so that the bound stays one.
 _ROUNDING_PER_STEP = 2**-52
 
-# dp-accounting warns through absl for each RDP order that does not converge; leaving one out only loosens the bound.
-logging.getLogger("absl").setLevel(logging.ERROR)
+Counts = tuple[tuple[DpEvent, int], ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,9 @@ class EpsilonBounds:
 
     Args:
         delta: the δ that both hold at.
-        pld: by privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022), inf where not computed.
+        pld: by privacy loss distributions (Koskela et al. 2020; Doroshenko et al. 2022), inf where not computed. Of
+            events for which only Rényi divergences are known, such as tuning, beside others: the sum of one bound for
+            those and one for the others, at half δ each.
         rdp: by Rényi divergences (Mironov 2017), converted by Canonne et al. 2020, Proposition 12.
     """
 
@@ -91,24 +103,39 @@ def epsilon_bounds(event: DpEvent, delta: float) -> EpsilonBounds:
 
 # A report asks for the same numbers several times, and for those of the plan after each epoch.
 @lru_cache(maxsize=256)
-def _bounds(items: tuple[tuple[DpEvent, int], ...], delta: float) -> EpsilonBounds:
+def _bounds(items: Counts, delta: float) -> EpsilonBounds:
     if not items:
         return EpsilonBounds(delta=delta, pld=0.0, rdp=0.0)
-    counts = dict(items)
-    by_rdp = _rdp_epsilon(counts, delta)
-    if by_rdp > _LARGE_EPSILON:
-        return EpsilonBounds(delta=delta, pld=math.inf, rdp=by_rdp)
-    by_pld = _pld_epsilon(counts, delta, _INTERVAL)
-    if min(by_pld, by_rdp) < _SMALL_EPSILON:
-        by_pld = min(by_pld, _pld_epsilon(counts, delta, _FINE_INTERVAL))
+    by_rdp = _rdp_epsilon(items, delta)
+    by_pld = _pld_where_known(items, delta, by_rdp)
     return EpsilonBounds(delta=delta, pld=by_pld, rdp=by_rdp)
+
+
+def _pld_where_known(items: Counts, delta: float, by_rdp: float) -> float:
+    known = tuple((leaf, count) for leaf, count in items if has_distribution(leaf))
+    others = tuple((leaf, count) for leaf, count in items if not has_distribution(leaf))
+    if not known or (others and delta < 1e-280):
+        return math.inf
+    if others:
+        return _bounds(known, delta / 2).epsilon + _rdp_epsilon(others, delta / 2)
+    tight = all(has_tight_divergence(leaf) for leaf, _ in items)
+    if tight and by_rdp > _LARGE_EPSILON:
+        return math.inf
+    by_pld = _pld_epsilon(items, delta, _INTERVAL)
+    if tight and min(by_pld, by_rdp) < _SMALL_EPSILON:
+        by_pld = min(by_pld, _pld_epsilon(items, delta, _FINE_INTERVAL))
+    return by_pld
 
 
 def coarse_epsilon(event: DpEvent, delta: float) -> float:
     """A looser bound than :func:`epsilon`, some ten times as fast: to search with, never to claim."""
     delta = checked_delta(delta)
-    by_rdp = rdp_epsilon(event, delta)
-    return min(by_rdp, _pld_epsilon(leaves(event), delta, _COARSE_INTERVAL)) if by_rdp < _LARGE_EPSILON else by_rdp
+    items = tuple(leaves(event).items())
+    by_rdp = _rdp_epsilon(items, delta)
+    if by_rdp >= _LARGE_EPSILON or not all(has_distribution(leaf) for leaf, _ in items):
+        return by_rdp
+    interval = max(_COARSE_INTERVAL, *(8 * finest_interval(leaf) for leaf, _ in items)) if items else _COARSE_INTERVAL
+    return min(by_rdp, _pld_epsilon(items, delta, interval))
 
 
 def affordable_steps(step: DpEvent, budget: PrivacyBudget, *, spent: DpEvent | None = None, at_most: int) -> int:
@@ -142,14 +169,25 @@ def affordable_steps(step: DpEvent, budget: PrivacyBudget, *, spent: DpEvent | N
 
 def rdp_epsilon(event: DpEvent, delta: float) -> float:
     """The RDP bound alone: looser than :func:`epsilon`, and fast for any parameters."""
-    return _rdp_epsilon(leaves(event), checked_delta(delta))
+    return _rdp_epsilon(tuple(leaves(event).items()), checked_delta(delta))
 
 
-def _rdp_epsilon(counts: dict[DpEvent, int], delta: float) -> float:
-    if not counts:
+def rdp_curve(event: DpEvent) -> NDArray[np.float64]:
+    """Upper bounds on the Rényi divergences of ``event`` at :data:`~monai_privacy.accounting.divergences.ORDERS`."""
+    return _rdp_curve(tuple(leaves(event).items()))
+
+
+def _rdp_curve(items: Counts) -> NDArray[np.float64]:
+    total = np.zeros(len(ORDERS))
+    for leaf, count in items:
+        total = total + count * renyi_divergences(leaf)
+    return total
+
+
+def _rdp_epsilon(items: Counts, delta: float) -> float:
+    if not items:
         return 0.0
-    total = sum(count * _rdp_curve(leaf) for leaf, count in counts.items())
-    return float(rdp.compute_epsilon(rdp.RdpAccountant().orders, total, delta)[0])
+    return float(compute_epsilon(ORDERS, _rdp_curve(items), delta)[0])
 
 
 def group_epsilon(event: DpEvent, delta: float, group_size: int) -> float:
@@ -184,37 +222,65 @@ def _log_delta_growth(one: float, size: int) -> float:
     return (size - 1) * one + math.log(math.expm1(-size * one) / math.expm1(-one))
 
 
-# The curve takes most of the time, and every number of steps and every δ asks for the same one.
-@lru_cache(maxsize=256)
-def _rdp_curve(leaf: DpEvent) -> NDArray[np.float64]:
-    accountant = rdp.RdpAccountant()
-    with np.errstate(over="ignore", divide="ignore"):  # an infinite divergence is an answer
-        accountant.compose(leaf)
-    curve = accountant.rdp
-    # Divergences of about 1e-20 drown in rounding, and dp-accounting takes a negative one for no cost at all.
-    return np.where(curve > 0, curve, np.inf)
+def epsilon_without_amplification(event: DpEvent, delta: float) -> float:
+    """ε at ``delta`` where the draws were no secret: each unit is then taken to be in its expected number of steps.
+
+    What would hold for a loader that shuffles, in which each unit comes once in an epoch (rounded up), or where
+    somebody saw who was drawn. Zero-out relation: a unit is replaced by nothing, at a fixed divisor.
+
+    Reference: composition of Gaussians, as in Chua et al. 2024, arXiv:2403.17673, for adaptive batch linear queries.
+    """
+    plain: list[DpEvent] = []
+    for leaf, count in leaves(event).items():
+        times = math.ceil(count * _chance(leaf) * (1 - 1e-12))
+        plain.append(dp_event.SelfComposedDpEvent(without_amplification(leaf), max(1, times)))
+    return epsilon(composed(plain), delta)
 
 
-def _pld_epsilon(counts: dict[DpEvent, int], delta: float, interval: float) -> float:
-    total = pld_lib.identity(value_discretization_interval=interval)
-    rounding = 0.0
-    for leaf, count in counts.items():
-        if isinstance(leaf, dp_event.GaussianDpEvent):
-            # Composed Gaussians are one Gaussian: exact, and much faster than composing their PLDs.
-            leaf, count = dp_event.GaussianDpEvent(leaf.noise_multiplier / math.sqrt(count)), 1
-        once = _single_pld(leaf, interval)
-        total = total.compose(once if count == 1 else once.self_compose(count))
-        rounding += (count + 1) * _ROUNDING_PER_STEP
+def _chance(leaf: DpEvent) -> float:
+    """The probability that a unit is drawn in one release."""
+    if isinstance(leaf, (dp_event.PoissonSampledDpEvent, dp_event.TruncatedSubsampledGaussianDpEvent)):
+        return float(leaf.sampling_probability)
+    if isinstance(leaf, dp_event.MixtureOfGaussiansDpEvent):
+        # Of each of its images: all of them at once in so many steps, or apart in more, which costs less.
+        return sum(s * p for s, p in zip(leaf.sensitivities, leaf.sampling_probs, strict=True)) / max(
+            leaf.sensitivities
+        )
+    return 1.0
+
+
+def delta_of(event: DpEvent, epsilons: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Upper bounds on δ of ``event`` at each of ``epsilons``, which must not be below 0: its privacy profile."""
+    items = tuple(leaves(event).items())
+    if not items:
+        return np.zeros(len(epsilons))
+    curve = _rdp_curve(items)
+    by_rdp = np.array([float(compute_delta(ORDERS, curve, value)[0]) for value in epsilons])
+    tight = all(has_tight_divergence(leaf) for leaf, _ in items)
+    if not all(has_distribution(leaf) for leaf, _ in items):
+        return by_rdp
+    if tight and _rdp_epsilon(items, 1e-5) > _LARGE_EPSILON:
+        return by_rdp
+    total, rounding = _composed_pld(items, _INTERVAL)
+    by_pld = np.asarray(total.get_delta_for_epsilon(epsilons)) + rounding
+    return np.minimum(1.0, np.minimum(by_pld, by_rdp))
+
+
+def _pld_epsilon(items: Counts, delta: float, interval: float) -> float:
+    total, rounding = _composed_pld(items, interval)
     return max(0.0, float(total.get_epsilon_for_delta(delta - rounding))) if rounding < delta else math.inf
 
 
-# The single-step distribution takes most of the time, and every epoch of a run asks for the same one.
-@lru_cache(maxsize=64)
-def _single_pld(leaf: DpEvent, interval: float) -> pld_lib.PrivacyLossDistribution:
-    if isinstance(leaf, dp_event.PoissonSampledDpEvent):
-        sigma, rate = leaf.event.noise_multiplier, leaf.sampling_probability
-    else:
-        sigma, rate = leaf.noise_multiplier, 1.0
-    return pld_lib.from_gaussian_mechanism(
-        standard_deviation=sigma, sampling_prob=rate, value_discretization_interval=interval
-    )
+# A report asks for ε, and then for the whole profile.
+@lru_cache(maxsize=4)
+def _composed_pld(items: Counts, interval: float) -> tuple[pld_lib.PrivacyLossDistribution, float]:
+    # One grid for all: distributions compose only where theirs agree.
+    interval = max(interval, *(finest_interval(leaf) for leaf, _ in items))
+    total = pld_lib.identity(value_discretization_interval=interval)
+    rounding = 0.0
+    for leaf, count in items:
+        leaf, count = combined(leaf, count)
+        once = privacy_loss_distribution(leaf, interval)
+        total = total.compose(once if count == 1 else once.self_compose(count))
+        rounding += (count + 1) * _ROUNDING_PER_STEP
+    return total, rounding

@@ -9,74 +9,59 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+
 """The ledger of a cohort: every release, written before it happens; what it may still release; what it has cost."""
 
 from __future__ import annotations
 
-import math
 import os
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from dp_accounting import dp_event
 from dp_accounting.dp_event import DpEvent
 
-from monai_privacy.accounting import accountants
-from monai_privacy.accounting.accountants import EpsilonBounds, affordable_steps
-from monai_privacy.accounting.events import composed, event_from_dict, event_to_dict
-from monai_privacy.accounting.ledger_file import RESTORE, LedgerError, LedgerFile
+from monai_privacy.accounting.accountants import EpsilonBounds
+from monai_privacy.accounting.cohort import Cohort, CohortSecrets
+from monai_privacy.accounting.event_json import event_to_dict
+from monai_privacy.accounting.filters import filter_order
+from monai_privacy.accounting.ledger_file import LedgerError, LedgerFile
+from monai_privacy.accounting.ledger_state import FORMAT, LedgerEntry, LedgerState, entry_from
 from monai_privacy.accounting.values import PrivacyBudget, PrivacyBudgetError, checked_count, checked_delta
-
-_FORMAT = 1
-UNITS = ("patient", "image")
 
 
 @dataclass(frozen=True)
-class LedgerEntry:
-    """One run, as the ledger knows it.
+class WhatIf:
+    """What a further run would cost, had it been on the ledger.
 
     Args:
-        entry_id: random name of the run; a resumed run keeps it.
-        unit: whose data one unit is: "patient" or "image".
-        step: the event of one step.
-        planned_steps: the most steps that this run may ever record.
-        delta: the δ that the run was planned for.
-        steps: steps recorded so far; each was recorded before it was released.
-        facts: the public numbers of the plan, for the report.
-        unnoised: what left this run without noise, by name.
-        assumptions: what the claim rests on beyond the mechanism, by name.
-        not_private: why the run carries no guarantee at all; empty where it does.
+        delta: the δ of both.
+        epsilon_now: ε of everything released and reserved.
+        epsilon_then: the same with the run.
+        steps: its steps.
+        steps_that_fit: how many of them the budget allows; all where there is none.
     """
 
-    entry_id: str
-    unit: str
-    step: DpEvent
-    planned_steps: int
     delta: float
-    steps: int = 0
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    unnoised: tuple[str, ...] = ()
-    assumptions: tuple[str, ...] = ()
-    not_private: tuple[str, ...] = ()
-
-    @property
-    def event(self) -> DpEvent:
-        """What this run has released so far."""
-        if not self.steps:
-            return dp_event.NoOpDpEvent()
-        return dp_event.SelfComposedDpEvent(self.step, self.steps)
+    epsilon_now: float
+    epsilon_then: float
+    steps: int
+    steps_that_fit: int
 
 
 class PrivacyLedger:
     """Every release on one cohort, in an append-only file.
 
-    A step is recorded, and on the disk, before it is released: a crash over-counts and never under-counts. Restoring
-    an old checkpoint does not shorten the ledger. Several processes may share the file.
+    A run reserves its steps before the first, and is refused where they do not fit the budget beside all that was
+    released and reserved before. Each step is then recorded, and on the disk, before it is released: a crash
+    over-counts and never under-counts, and keeps the reservation. A run that has ended is committed, which frees what
+    it did not use, or is void where it released nothing. Restoring an old checkpoint does not shorten the ledger.
+    Several processes may share the file.
 
     Args:
-        path: the JSON-lines file; made at the first run.
+        path: the JSON-lines file; made at the first run. :meth:`register` makes one for a named cohort.
         budget: the most that all releases in this file together may cost. It is written into the file and cannot be
             changed afterwards; a later opening may leave it out or must repeat it.
 
@@ -90,22 +75,71 @@ class PrivacyLedger:
 
     def __init__(self, path: str | os.PathLike[str], *, budget: PrivacyBudget | None = None) -> None:
         self._file = LedgerFile(path)
-        self._entries: dict[str, LedgerEntry] = {}
-        self._budget: PrivacyBudget | None = None
-        self._opened = False
-        self._allowed: tuple[object, int] = (None, 0)
+        self._state = LedgerState()
         with self._file.locked():
             self._refresh()
-            if not self._opened:
-                self._append({"kind": "open", "format": _FORMAT, "budget": _budget_to_dict(budget)})
-        if budget is not None and budget != self._budget:
+            if not self._state.opened:
+                self._append(_opening(None, budget))
+        if budget is not None and budget != self.budget:
             raise ValueError(
-                f"{self.path} was opened with budget {_say(self._budget)}, not {_say(budget)}: a cohort's budget is fixed "
+                f"{self.path} was opened with budget {_say(self.budget)}, not {_say(budget)}: a cohort's budget is fixed "
                 "when its ledger is made. Leave budget out, or take another ledger for another cohort."
             )
 
+    @classmethod
+    def register(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        cohort: str,
+        budget: PrivacyBudget,
+        ids: Iterable[str] | None = None,
+        unit: str = "patient",
+        adaptive: bool = False,
+        partitions: int = 1,
+    ) -> PrivacyLedger:
+        """A new ledger for a named cohort.
+
+        Args:
+            path: the file, which must not exist.
+            cohort: name of the cohort, for people.
+            budget: the most that all releases together may cost.
+            ids: ids of all its units, as the runs will give them. Kept as salted digests beside the ledger; a run on
+                others is then refused. Where None, no run is checked.
+            unit: "patient" or "image".
+            adaptive: keep the budget by a Rényi filter, which holds even where each run is chosen after seeing what
+                the runs before gave. It lets a little less through. Otherwise the tighter joint account is kept, valid
+                where the runs' numbers do not depend on earlier results, and the report says so.
+            partitions: number of disjoint parts, by a keyed hash of the id, that runs may be confined to. Runs on
+                different parts cost what the dearest costs. Needs ``ids``.
+
+        Raises:
+            ValueError: where the file exists, or for values out of range.
+            LedgerError: where it cannot be written.
+        """
+        if Path(path).exists():
+            raise ValueError(
+                f"{path} exists: a cohort is registered once. Open it without register, or name another file."
+            )
+        if checked_count("partitions", partitions) > 1 and ids is None:
+            raise ValueError(f"partitions is {partitions}, but no ids were given: without them no run can be placed.")
+        order = filter_order(budget) if adaptive else None
+        named = Cohort(name=cohort, unit=unit, partitions=partitions, filter_order=order)
+        file = LedgerFile(path)
+        with file.locked():
+            if ids is not None:
+                number, digest = CohortSecrets(file.path).create(ids)
+                named = replace(named, num_units=number, digest=digest)
+            if any(True for _ in file.read_new()):
+                raise ValueError(f"{path} exists by now: another process registered a cohort there.")
+            file.append(_opening(named, budget))
+        return cls(path)
+
     def __repr__(self) -> str:
-        return f"PrivacyLedger({str(self.path)!r}, budget={_say(self._budget)}, entries={len(self._entries)})"
+        name = f", cohort={self.cohort.name!r}" if self.cohort else ""
+        return (
+            f"PrivacyLedger({str(self.path)!r}{name}, budget={_say(self.budget)}, entries={len(self._state.entries)})"
+        )
 
     @property
     def path(self) -> os.PathLike[str]:
@@ -115,13 +149,23 @@ class PrivacyLedger:
     @property
     def budget(self) -> PrivacyBudget | None:
         """The most that all releases together may cost; None where none was set."""
-        return self._budget
+        return self._state.budget
+
+    @property
+    def cohort(self) -> Cohort | None:
+        """What was registered; None where the ledger was made without."""
+        return self._state.cohort
+
+    @property
+    def state(self) -> LedgerState:
+        """What the file says now; it changes with the ledger."""
+        self._sync()
+        return self._state
 
     @property
     def entries(self) -> tuple[LedgerEntry, ...]:
         """All runs, oldest first, as the file has them now."""
-        self._sync()
-        return tuple(self._entries.values())
+        return self.state.entries
 
     def entry(self, entry_id: str) -> LedgerEntry:
         """The run of that name, as the file has it now.
@@ -137,79 +181,180 @@ class PrivacyLedger:
         """Number and SHA-256 of the last line that was read: they name that state of the ledger."""
         return self._file.head
 
-    @property
-    def event(self) -> DpEvent:
-        """Everything that was released."""
-        return composed(entry.event for entry in self.entries if entry.steps)
-
     def epsilon(self, delta: float) -> float:
         """ε at ``delta`` of everything released on this cohort; inf where a recorded run carries no guarantee."""
-        entries = [entry for entry in self.entries if entry.steps]
-        if any(entry.not_private for entry in entries):
-            return math.inf
-        return accountants.epsilon(composed(entry.event for entry in entries), delta)
+        return self.state.epsilon(delta)
 
     def epsilon_bounds(self, delta: float) -> EpsilonBounds:
         """Both bounds behind :meth:`epsilon`, of the mechanisms as recorded."""
-        return accountants.epsilon_bounds(self.event, delta)
+        return self.state.bounds(delta)
 
-    def begin(
+    def reserve(
         self,
         *,
         step: DpEvent,
         planned_steps: int,
         delta: float,
         unit: str,
+        fewest_steps: int | None = None,
+        ids: Iterable[str] | None = None,
+        partition: int | None = None,
+        purpose: str = "",
         facts: Mapping[str, Any] | None = None,
         unnoised: tuple[str, ...] = (),
         assumptions: tuple[str, ...] = (),
         not_private: tuple[str, ...] = (),
+        artifacts: Mapping[str, str] | None = None,
     ) -> str:
-        """Write a new run into the ledger and return its name; releases nothing.
+        """Set steps aside for a new run and return its name; releases nothing.
+
+        Args:
+            step: the event of one step.
+            planned_steps: how many to set aside.
+            delta: the δ that the run was planned for.
+            unit: "patient" or "image", as for every run on this cohort.
+            fewest_steps: take as many as fit, if at least so many do; all or none where None.
+            ids: ids of its units, to check against the registered cohort.
+            partition: the part of the cohort it sees, counted from 0; needs ``ids``.
+            purpose: who runs it and why, in words.
+            facts: public numbers of its plan, as JSON.
+            unnoised: what leaves it without noise.
+            assumptions: what its claim rests on.
+            not_private: why it carries no guarantee; empty where it does.
+            artifacts: SHA-256 of its code and configs, by name.
 
         Raises:
-            PrivacyBudgetError: where not even one step fits the budget, as none does of a run that is not private.
-            ValueError: for values out of range, or a unit other than that of the runs before.
+            PrivacyBudgetError: where they do not fit the budget, as no step does of a run that is not private.
+            ValueError: for values out of range, another unit than before, or ids that the cohort does not have.
         """
+        members = self._checked_members(unit, ids, partition)
         record = {
-            "kind": "begin",
+            "kind": "reserve",
             "entry": uuid.uuid4().hex,
             "unit": unit,
             "step_event": event_to_dict(step),
             "planned_steps": checked_count("planned_steps", planned_steps),
+            "granted": planned_steps,
             "delta": checked_delta(delta),
+            "partition": partition,
+            "purpose": purpose,
+            "members": members,
             "facts": dict(facts or {}),
             "unnoised": list(unnoised),
             "assumptions": list(assumptions),
             "not_private": list(not_private),
+            "artifacts": dict(artifacts or {}),
         }
         with self._file.locked():
             self._refresh()
-            self._require_room(_entry_from(record))
-            self._append(record)
+            self._append(record | {"granted": self._room(entry_from(record), fewest_steps)})
         return str(record["entry"])
 
-    def require_room(self, *, step: DpEvent, planned_steps: int, unit: str, not_private: tuple[str, ...] = ()) -> None:
-        """Refuse what :meth:`begin` would refuse, and write nothing.
-
-        One more step of a run that has begun fits where one of a new run with the same step does.
+    def require_room(
+        self, *, step: DpEvent, planned_steps: int, unit: str, fewest_steps: int | None = None,
+        not_private: tuple[str, ...] = (),
+    ) -> int:  # fmt: skip
+        """How many steps :meth:`reserve` would grant; refuses what it would refuse, and writes nothing.
 
         Raises:
-            PrivacyBudgetError: where not even one step fits the budget.
+            PrivacyBudgetError: where the steps do not fit.
             ValueError: for a unit other than that of the runs before.
         """
         self._sync()
-        self._require_room(LedgerEntry("", unit, step, planned_steps, delta=0.5, not_private=not_private))
+        planned = checked_count("planned_steps", planned_steps)
+        return self._room(LedgerEntry("", unit, step, planned, delta=0.5, not_private=not_private), fewest_steps)
 
-    def _require_room(self, entry: LedgerEntry) -> None:
-        self._check_unit(entry.unit)
-        if self._steps_within_budget(entry) < 1:
-            raise PrivacyBudgetError(self._spent_message(entry))
+    def reopen(self, entry_id: str, *, fewest_steps: int | None = None) -> int:
+        """Reserve what is left of the plan of a run that was committed or void, to go on with it; the steps granted.
+
+        A run that is still open is left as it is.
+
+        Raises:
+            PrivacyBudgetError: where not so many steps fit.
+        """
+        with self._file.locked():
+            self._refresh()
+            entry = self._known(entry_id)
+            if entry.state == "reserved":
+                return entry.steps_left
+            left = entry.planned_steps - entry.steps
+            if left < 1:
+                raise PrivacyBudgetError(self._full_message(entry))
+            fewest = left if fewest_steps is None else min(left, checked_count("fewest_steps", fewest_steps))
+            granted = self._room(entry, entry.steps + fewest)
+            self._append({"kind": "reopen", "entry": entry_id, "granted": granted})
+            return granted - entry.steps
+
+    def commit(self, entry_id: str, *, artifacts: Mapping[str, str] | None = None) -> None:
+        """Close a run that has ended: it counts with the steps it recorded, and frees the others.
+
+        Args:
+            entry_id: the run.
+            artifacts: SHA-256 of what came out, such as the model, by name.
+
+        Raises:
+            ValueError: where it is closed, or has recorded no step (see :meth:`void`).
+        """
+        with self._file.locked():
+            self._refresh()
+            entry = self._require_open(entry_id)
+            if not entry.steps:
+                raise ValueError(f"entry {entry_id[:8]} of {self.path} has recorded no step: void it instead.")
+            record = {"kind": "commit", "entry": entry_id, "steps": entry.steps, "artifacts": dict(artifacts or {})}
+            self._append(record)
+
+    def void(self, entry_id: str) -> None:
+        """Give back the reservation of a run that released nothing.
+
+        Raises:
+            ValueError: where it is closed, or has recorded a step: that step may have been released.
+        """
+        with self._file.locked():
+            self._refresh()
+            entry = self._require_open(entry_id)
+            if entry.steps:
+                raise ValueError(
+                    f"entry {entry_id[:8]} of {self.path} has recorded {entry.steps} steps, which may have been released: "
+                    "it cannot be void. Commit it."
+                )
+            self._append({"kind": "void", "entry": entry_id})
+
+    def what_if(self, step: DpEvent, steps: int, *, delta: float | None = None, partition: int | None = None) -> WhatIf:
+        """What ``steps`` further steps would cost, and how many of them fit; writes nothing.
+
+        Args:
+            step: the event of one step.
+            steps: how many.
+            delta: the δ to state ε at; that of the budget where None.
+            partition: the part of the cohort they would see.
+
+        Raises:
+            ValueError: where neither a δ nor a budget is there.
+        """
+        state = self.state
+        if delta is None and state.budget is None:
+            raise ValueError("delta is None and the ledger has no budget: give a delta.")
+        at = state.budget.delta if delta is None and state.budget is not None else checked_delta(delta or 0.0)
+        unit = state.cohort.unit if state.cohort else next((e.unit for e in state.entries), "patient")
+        run = {
+            "kind": "reserve", "entry": "what if", "unit": unit, "step_event": event_to_dict(step),
+            "planned_steps": steps, "granted": steps, "delta": at, "partition": partition, "purpose": "",
+            "members": "not checked", "facts": {}, "unnoised": [], "assumptions": [], "not_private": [], "artifacts": {},
+        }  # fmt: skip
+        then = state.copy()
+        then.apply(run | {"line": 0}, self.path)
+        return WhatIf(
+            delta=at,
+            epsilon_now=state.epsilon(at, reserved=True),
+            epsilon_then=then.epsilon(at, reserved=True),
+            steps=steps,
+            steps_that_fit=state.steps_within_budget(entry_from(run)),
+        )
 
     def steps_left(self, entry_id: str) -> int:
-        """How many further steps of that run fit both its plan and the cohort's budget, as the file stands now."""
+        """How many further steps that run may record."""
         self._sync()
-        return self._steps_left(self._known(entry_id))
+        return self._known(entry_id).steps_left
 
     def record_step(self, entry_id: str) -> int:
         """Charge the next step of a run; only when this returns may the step be released.
@@ -218,67 +363,104 @@ class PrivacyLedger:
             The number of the step, counted from 1, crashed and repeated steps included.
 
         Raises:
-            PrivacyBudgetError: where the step does not fit; nothing is charged.
+            PrivacyBudgetError: where the step was not reserved; nothing is charged.
             LedgerError: where the line cannot be written; nothing may be released.
         """
         with self._file.locked():
             self._refresh()
             entry = self._known(entry_id)
-            if self._steps_left(entry) < 1:
-                raise PrivacyBudgetError(
-                    f"entry {entry_id[:8]} of {self.path} has recorded all {entry.planned_steps} planned steps: nothing "
-                    "was released. Plan more steps in a new run."
-                    if entry.steps >= entry.planned_steps
-                    else self._spent_message(entry)
-                )
+            if not entry.steps_left:
+                raise PrivacyBudgetError(self._full_message(entry))
             self._append({"kind": "step", "entry": entry_id, "step": entry.steps + 1})
             return entry.steps + 1
 
-    def _steps_left(self, entry: LedgerEntry) -> int:
-        return max(0, min(entry.planned_steps, self._steps_within_budget(entry)) - entry.steps)
+    def _room(self, entry: LedgerEntry, fewest_steps: int | None) -> int:
+        """Steps that this run may have in all; raises where they are fewer than it needs."""
+        self._state.check_new(entry)
+        fewest = entry.planned_steps if fewest_steps is None else checked_count("fewest_steps", fewest_steps)
+        granted = self._state.steps_within_budget(entry)
+        if granted < min(fewest, entry.planned_steps):
+            raise PrivacyBudgetError(self._spent_message(entry, granted))
+        return granted
 
-    def _steps_within_budget(self, entry: LedgerEntry) -> int:
-        """The most steps, recorded ones included, that the budget allows this run beside the others."""
-        if self._budget is None:
-            return entry.planned_steps
-        others = [e for e in self._entries.values() if e.entry_id != entry.entry_id and e.steps]
-        if entry.not_private or any(e.not_private for e in others):
-            return 0
-        # Solved once, and again only when another run on this ledger has moved.
-        key = (entry.step, entry.planned_steps, [(e.entry_id, e.steps) for e in others])
-        known, steps = self._allowed
-        if known != key:
-            spent = composed(e.event for e in others)
-            steps = affordable_steps(entry.step, self._budget, spent=spent, at_most=entry.planned_steps)
-            self._allowed = (key, steps)
-        return steps
+    def _checked_members(self, unit: str, ids: Iterable[str] | None, partition: int | None) -> str:
+        cohort = self.cohort
+        if ids is None or cohort is None or cohort.digest is None or cohort.unit != unit:
+            if partition is not None:
+                raise ValueError(
+                    f"partition is {partition}, but the ids of the run are not known, or no cohort is registered here to "
+                    "check them against. Give ids, on a registered cohort."
+                )
+            return "not checked"
+        known = [str(value) for value in ids]
+        hidden = CohortSecrets(self.path)
+        strangers = hidden.strangers(known, cohort.digest)
+        if strangers:
+            raise ValueError(
+                f"{strangers} of {len(known)} {unit}s are not in the cohort {cohort.name!r} that {self.path} was registered "
+                f"for: their loss would be on no ledger. Take the ledger of these {unit}s, or register their cohort."
+            )
+        if partition is not None and set(hidden.partitions_of(known, cohort.partitions).values()) - {partition}:
+            raise ValueError(
+                f"partition is {partition}, but some {unit}s belong to other parts of {cohort.name!r}. Choose them with "
+                "partition_ids."
+            )
+        return "checked"
 
-    def _spent_message(self, entry: LedgerEntry) -> str:
+    def partition_ids(self, ids: Iterable[str], partition: int) -> list[str]:
+        """Those of ``ids`` that belong to a part of the cohort, counted from 0."""
+        if self.cohort is None or self.cohort.partitions == 1:
+            raise ValueError(f"{self.path} has no partitions. Register the cohort with a number of them.")
+        parts = CohortSecrets(self.path).partitions_of(ids, self.cohort.partitions)
+        return [name for name, part in parts.items() if part == partition]
+
+    def _spent_message(self, entry: LedgerEntry, granted: int) -> str:
         if entry.not_private:
             return (
                 f"the run is not private ({'; '.join(entry.not_private)}), so it does not fit the budget "
-                f"{_say(self._budget)} of {self.path}: nothing was released. Debug with a ledger that has no budget."
+                f"{_say(self.budget)} of {self.path}: nothing was released. Debug with a ledger that has no budget."
+            )
+        if granted > entry.steps:
+            return (
+                f"the budget {_say(self.budget)} of {self.path} has room for {granted} of {entry.planned_steps} steps beside "
+                "what was released and reserved before, so nothing was reserved. Plan so many steps, or more noise: "
+                "'ledger what-if' tells how much."
             )
         return (
-            f"the budget {_say(self._budget)} of {self.path} is spent: the next step does not fit, so nothing was "
+            f"the budget {_say(self.budget)} of {self.path} is spent or reserved: the next step does not fit, so nothing was "
             "released. Ask the cohort's data steward; a new ledger for the same patients would hide what they lost."
         )
 
-    def _check_unit(self, unit: str) -> None:
-        other = next((e for e in self._entries.values() if e.unit != unit), None)
-        if other is not None:
-            raise ValueError(
-                f"unit is {unit!r}, but {self.path} counts in units of one {other.unit}: their costs cannot be added. "
-                "Use the same unit for every run on this cohort."
+    def _full_message(self, entry: LedgerEntry) -> str:
+        name = f"entry {entry.entry_id[:8]} of {self.path}"
+        if entry.state != "reserved" and entry.steps < entry.planned_steps:
+            return f"{name} is {entry.state}, so its run has ended: nothing was released. Reopen it, or plan a new run."
+        if entry.steps < entry.planned_steps:
+            return (
+                f"{name} has recorded all {entry.granted} steps that the budget {_say(self.budget)} left of its "
+                f"{entry.planned_steps} planned ones: nothing was released. Ask the cohort's data steward."
             )
+        return (
+            f"{name} has recorded all {entry.planned_steps} planned steps: nothing was released. Plan more steps in a new "
+            "run."
+        )
 
     def _known(self, entry_id: str) -> LedgerEntry:
-        if entry_id not in self._entries:
+        entry = self._state.get(entry_id)
+        if entry is None:
             raise LedgerError(
                 f"{self.path} has no entry {entry_id!r}: the checkpoint belongs to another ledger. Resume with the "
                 "ledger of that run, or load the network alone to begin a new entry."
             )
-        return self._entries[entry_id]
+        return entry
+
+    def _require_open(self, entry_id: str) -> LedgerEntry:
+        entry = self._known(entry_id)
+        if entry.state != "reserved":
+            raise ValueError(
+                f"entry {entry_id[:8]} of {self.path} is {entry.state} already: there is nothing to close."
+            )
+        return entry
 
     def _sync(self) -> None:
         with self._file.locked():
@@ -286,53 +468,21 @@ class PrivacyLedger:
 
     def _refresh(self) -> None:
         for record in self._file.read_new():
-            self._apply(record)
+            self._state.apply(record, self.path)
 
     def _append(self, record: dict[str, Any]) -> None:
         self._file.append(record)
         # Read back, not applied: an interrupt anywhere leaves this object with what the file says, or less of it.
         self._refresh()
 
-    def _apply(self, record: Mapping[str, Any]) -> None:
-        try:
-            kind = record["kind"]
-            if kind == "open" and not self._opened:
-                self._apply_open(record)
-            elif kind == "begin" and self._opened and record["entry"] not in self._entries:
-                self._entries[record["entry"]] = _entry_from(record)
-            elif kind == "step" and record["step"] == self._entries[record["entry"]].steps + 1:
-                entry = self._entries[record["entry"]]
-                self._entries[entry.entry_id] = replace(entry, steps=entry.steps + 1)
-            else:
-                raise ValueError(f"{kind!r} is not expected here")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise LedgerError(f"{self.path}, line {record['line']}: it cannot be read ({error}). {RESTORE}") from error
 
-    def _apply_open(self, record: Mapping[str, Any]) -> None:
-        if record["format"] != _FORMAT:
-            raise ValueError(f"format {record['format']!r} is unknown to this version; update monai-privacy")
-        self._budget = None if record["budget"] is None else PrivacyBudget(**record["budget"])
-        self._opened = True
-
-
-def _entry_from(record: Mapping[str, Any]) -> LedgerEntry:
-    if record["unit"] not in UNITS:
-        raise ValueError(f"unit is {record['unit']!r}, but it must be one of {', '.join(UNITS)}.")
-    return LedgerEntry(
-        entry_id=record["entry"],
-        unit=record["unit"],
-        step=event_from_dict(record["step_event"]),
-        planned_steps=checked_count("planned_steps", record["planned_steps"]),
-        delta=checked_delta(record["delta"]),
-        facts=dict(record["facts"]),
-        unnoised=tuple(record["unnoised"]),
-        assumptions=tuple(record["assumptions"]),
-        not_private=tuple(record["not_private"]),
-    )
-
-
-def _budget_to_dict(budget: PrivacyBudget | None) -> dict[str, float] | None:
-    return None if budget is None else {"epsilon": budget.epsilon, "delta": budget.delta}
+def _opening(cohort: Cohort | None, budget: PrivacyBudget | None) -> dict[str, Any]:
+    return {
+        "kind": "open",
+        "format": FORMAT,
+        "cohort": None if cohort is None else asdict(cohort),
+        "budget": None if budget is None else asdict(budget),
+    }
 
 
 def _say(budget: PrivacyBudget | None) -> str:

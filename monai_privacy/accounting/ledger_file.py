@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from monai_privacy.accounting.ledger_head import Head, LedgerHead
+
 RESTORE = "Restore its newest copy; an older one would forget releases."
 
 
@@ -45,20 +47,26 @@ class LedgerFile:
 
     Each line carries its number and the SHA-256 of the line before it, so that a line that was changed, dropped, swapped
     or inserted before others is noticed: accidents and careless edits, not a forger who computes the hashes anew. The
-    last lines have nothing after them: whoever puts back an older copy of the whole file is noticed only by those that
-    have it open. ``append`` returns only once the line is on the disk. A line that a crash cut short was never
+    last lines have nothing after them, so a second file, ``<path>.head``, holds their number and the last one's hash:
+    lines that went missing at the end, an older copy put back or a changed last line are noticed by it. Where it is
+    missing, as beside a copy, they are not. ``append`` returns only once the line is on the disk. A line that a crash cut short was never
     acknowledged, so nothing was released under it: it is cut off before the next line is added.
 
     Args:
         path: the file; it and its folder are created where missing. Links are followed, so that all names of a file
             share one lock.
         lock_timeout: seconds to wait for another process that is writing.
+        read_only: write nothing at all, for a file that is only to be read, such as a copy on a read-only disk.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, lock_timeout: float = 60.0) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, lock_timeout: float = 60.0, read_only: bool = False) -> None:
         self.path = Path(os.path.realpath(path))
         self._lock_timeout = lock_timeout
+        self._read_only = read_only
+        self._head = LedgerHead(self.path)
         self._read = _Position()
+        if read_only:
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -92,19 +100,35 @@ class LedgerFile:
         Raises:
             LedgerError: naming the first line that was changed, dropped, swapped, inserted, or is no JSON.
         """
+        # Read before the lines: a reader without the lock may then find more of these than are acknowledged.
+        acknowledged = self._head.read()
+        self._check_acknowledged(acknowledged)
         # Not splitlines: it would end a line at a stray carriage return, and all after it would pass for cut short.
         *lines, last = self._unread().split(b"\n")
         for line in lines:
             yield self._checked(line + b"\n")
             self._advance(line + b"\n")
+            self._check_acknowledged(acknowledged)
         if _is_json(last):
             # Whole but for its end, as some editors leave it: it may have been acknowledged, so it counts.
             record = self._checked(last + b"\n")
-            self._end_line()
+            if not self._read_only:
+                self._end_line()
             yield record
             self._advance(last + b"\n")
+            self._check_acknowledged(acknowledged)
         else:
             self._check_cut_short(last)
+        if acknowledged is not None and self._read.lines < acknowledged.lines:
+            raise LedgerError(
+                f"{self.path}, line {self._read.lines + 1}: it is missing, for {acknowledged.lines} lines were acknowledged: "
+                f"the file was cut off, or is an older copy. {RESTORE} For another cohort, name another file."
+            )
+
+    @property
+    def has_head(self) -> bool:
+        """Whether lines missing at the end would be noticed."""
+        return self._head.read() is not None
 
     @property
     def head(self) -> tuple[int, str]:
@@ -133,6 +157,8 @@ class LedgerFile:
             self._write(line)
             if self._read.offset == 0:
                 self._sync_folder()
+            # Last: a crash before it leaves a line that nobody acknowledged, and that counts all the same.
+            self._head.write(Head(self._read.lines + 1, hashlib.sha256(line).hexdigest()))
         except OSError as error:
             raise self._failure("written", error) from error
 
@@ -221,6 +247,14 @@ class LedgerFile:
             lines=self._read.lines + 1,
             last_hash=hashlib.sha256(line).hexdigest(),
         )
+
+    def _check_acknowledged(self, acknowledged: Head | None) -> None:
+        if acknowledged is not None and self._read.lines == acknowledged.lines != 0:
+            if self._read.last_hash != acknowledged.last_hash:
+                raise LedgerError(
+                    f"{self.path}, line {self._read.lines}: it is not the line that was acknowledged, so it was changed. "
+                    f"{RESTORE}"
+                )
 
     def _failure(self, verb: str, error: OSError) -> LedgerError:
         return LedgerError(

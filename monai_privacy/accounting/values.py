@@ -25,7 +25,7 @@ class PrivacyBudgetError(RuntimeError):
 
 def checked_epsilon(epsilon: float) -> float:
     """Return ``epsilon`` as a float, or raise ValueError unless it is finite and above 0."""
-    value = _as_float("epsilon", epsilon)
+    value = checked_number("epsilon", epsilon)
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"epsilon is {epsilon}, but a guarantee needs a finite number above 0; 1 to 8 is usual.")
     return value
@@ -33,7 +33,7 @@ def checked_epsilon(epsilon: float) -> float:
 
 def checked_delta(delta: float) -> float:
     """Return ``delta`` as a float, or raise ValueError unless it lies strictly between 0 and 1."""
-    value = _as_float("delta", delta)
+    value = checked_number("delta", delta)
     # 1e-300 and below: subnormal and near-subnormal values break the accountants' logarithms.
     if not (1e-300 < value < 1):
         raise ValueError(
@@ -44,7 +44,7 @@ def checked_delta(delta: float) -> float:
 
 def checked_positive(name: str, value: float) -> float:
     """Return ``value`` as a float, or raise ValueError unless it is finite and above 0."""
-    number = _as_float(name, value)
+    number = checked_number(name, value)
     if not (math.isfinite(number) and number > 1e-300):
         raise ValueError(f"{name} is {value}, but it must be a finite number above 0.")
     return number
@@ -61,7 +61,8 @@ def checked_count(name: str, value: SupportsIndex) -> int:
     return number
 
 
-def _as_float(name: str, value: float) -> float:
+def checked_number(name: str, value: float) -> float:
+    """Return ``value`` as a float, infinite or NaN as it may be, or raise ValueError where it is no number."""
     if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):
         raise ValueError(f"{name} is {value!r}, but it must be a number.")
     try:

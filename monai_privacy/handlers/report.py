@@ -22,10 +22,10 @@ from monai_privacy.report import PrivacyReport
 
 
 class PrivacyReportHandler:
-    """Writes ``privacy_report.json`` and ``privacy_report.md``, recomputed from the ledger, after each epoch and at the end.
+    """Writes ``privacy_report.json`` and ``.md``, recomputed from the ledger, after each epoch, and ``.html`` at the end.
 
     Args:
-        output_dir: folder for both files; made where missing.
+        output_dir: folder for the files; made where missing.
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -51,4 +51,6 @@ class PrivacyReportHandler:
             engine: a :class:`DPSupervisedTrainer`.
         """
         if engine.state.rank == 0:
-            PrivacyReport.from_ledger(engine.ledger).write(self.output_dir)
+            # The page for people at the end alone: its pictures take longer than a small epoch.
+            ends = engine.last_event_name == Events.COMPLETED
+            PrivacyReport.from_ledger(engine.ledger).write(self.output_dir, html=ends)

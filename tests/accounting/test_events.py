@@ -16,17 +16,60 @@ import math
 
 import pytest
 from dp_accounting import dp_event
-from dp_accounting.dp_event import ComposedDpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.dp_event import (
+    ComposedDpEvent,
+    GaussianDpEvent,
+    LaplaceDpEvent,
+    MixtureOfGaussiansDpEvent,
+    PoissonSampledDpEvent,
+    RepeatAndSelectDpEvent,
+    SelfComposedDpEvent,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-from monai_privacy.accounting import dpsgd_event, epsilon_bounds, event_from_dict, event_to_dict
+from monai_privacy.accounting import (
+    capped_images_event,
+    dpsgd_event,
+    epsilon_bounds,
+    event_from_dict,
+    event_to_dict,
+    gnmax_event,
+    lnmax_event,
+    truncated_dpsgd_event,
+    tuning_event,
+    vote_threshold_event,
+)
 from monai_privacy.accounting.events import composed, leaves
 
 SIGMAS = st.floats(min_value=1e-3, max_value=1e6)
 RATES = st.floats(min_value=1e-9, max_value=1.0)
 GAUSSIANS = st.builds(GaussianDpEvent, SIGMAS)
-LEAVES = GAUSSIANS | st.builds(PoissonSampledDpEvent, RATES, GAUSSIANS)
+COUNTS = st.integers(1, 10**6)
+TRUNCATED = st.builds(
+    lambda *numbers: truncated_dpsgd_event(
+        num_patients=numbers[0], sample_rate=numbers[1], max_batch_size=numbers[2], noise_multiplier=numbers[3]
+    ).event,
+    COUNTS, RATES, COUNTS, SIGMAS,
+)  # fmt: skip
+CAPPED = st.builds(
+    lambda rate, sigma, images: capped_images_event(
+        sample_rate=rate, noise_multiplier=sigma, max_images_per_patient=images
+    ).event,
+    RATES, SIGMAS, st.integers(1, 20),
+)  # fmt: skip
+SIMPLE = (
+    GAUSSIANS
+    | st.builds(LaplaceDpEvent, SIGMAS)
+    | st.builds(PoissonSampledDpEvent, RATES, GAUSSIANS)
+    | TRUNCATED
+    | CAPPED
+)
+TUNED = st.builds(
+    lambda parts, mean, shape: tuning_event(composed(parts), mean_runs=mean, shape=shape),
+    st.lists(SIMPLE, min_size=1, max_size=3), st.floats(1, 1e6), st.sampled_from([0.0, 0.5, 1.0, math.inf]),
+)  # fmt: skip
+LEAVES = SIMPLE | TUNED
 EVENTS = st.recursive(
     LEAVES,
     lambda inner: (
@@ -48,8 +91,8 @@ def poisson(rate: object, child: object = None) -> dict:
 def test_an_event_survives_the_ledger(event: dp_event.DpEvent) -> None:
     text = json.dumps(event_to_dict(event), allow_nan=False)
     again = event_from_dict(json.loads(text))
-    assert again == event
     assert leaves(again) == leaves(event)
+    assert event_to_dict(again) == event_to_dict(event)
 
 
 def test_dpsgd_event_is_repeated_poisson_sampling_of_a_gaussian() -> None:
@@ -131,7 +174,9 @@ class Sneaky(GaussianDpEvent):
 @pytest.mark.parametrize(
     "event",
     [
-        dp_event.LaplaceDpEvent(1.0),
+        dp_event.DiscreteLaplaceDpEvent(1.0, 1),
+        dp_event.ZCDpEvent(1.0),
+        dp_event.RandomizedResponseDpEvent(0.5, 2),
         dp_event.NonPrivateDpEvent(),
         dp_event.UnsupportedDpEvent(),
         dp_event.SampledWithoutReplacementDpEvent(100, 10, GaussianDpEvent(1.0)),
@@ -159,7 +204,13 @@ def test_mechanisms_without_an_accountant_are_refused(event: dp_event.DpEvent) -
         "gaussian",
         None,
         7,
-        {"kind": "laplace", "noise_multiplier": 1.0},
+        {"kind": "laplace"},
+        {"kind": "dp_accounting.dp_event.GaussianDpEvent", "noise_multiplier": 1.0},
+        {"kind": "mixture_of_gaussians", "noise_multiplier": 1.0},
+        {"kind": "mixture_of_gaussians", "noise_multiplier": 1.0, "sensitivities": {}, "chances": []},
+        {"kind": "truncated_poisson", "noise_multiplier": 1.0},
+        {"kind": "tuned", "mean_runs": 2, "shape": "poisson"},
+        {"kind": "tuned", "mean_runs": 2, "shape": "poisson", "event": {"kind": "composed", "events": []}},
         {"kind": "os.system", "command": "true"},
         {"kind": None},
         {"kind": ["gaussian"], "noise_multiplier": 1.0},
@@ -182,7 +233,7 @@ def test_mechanisms_without_an_accountant_are_refused(event: dp_event.DpEvent) -
     ids=str,
 )
 def test_damaged_records_are_refused(data: object) -> None:
-    with pytest.raises(ValueError, match=r"no event|no accountant|noise_multiplier"):
+    with pytest.raises(ValueError, match=r"no event|no accountant|noise_multiplier|must be a list"):
         event_from_dict(data)  # type: ignore[arg-type]
 
 
@@ -190,3 +241,71 @@ def test_damaged_records_are_refused(data: object) -> None:
 def test_a_step_that_releases_nothing_has_no_ledger_form(event: dp_event.DpEvent) -> None:
     with pytest.raises(ValueError, match="no event that this version can account for"):
         event_to_dict(event)
+
+
+def test_votes_move_by_what_one_patient_can_change() -> None:
+    """Histograms of votes by hand: a patient in t teachers moves t votes from one class to another."""
+    for teachers in (1, 3):
+        before, after = [7, 5, 2], [7 - teachers, 5 + teachers, 2]
+        l2 = math.dist(before, after)
+        l1 = sum(abs(a - b) for a, b in zip(before, after, strict=True))
+        settings = {"teachers_per_patient": teachers}
+        answers = gnmax_event(noise_std=40.0, answers=9, **settings)
+        assert answers.count == 9
+        assert answers.event.noise_multiplier == pytest.approx(40 / l2)
+        assert lnmax_event(noise_scale=40.0, **settings).event.noise_multiplier == pytest.approx(40 / l1)
+        # The largest count falls by as many where the class that gains was far behind.
+        asked = vote_threshold_event(noise_std=40.0, questions=2, **settings)
+        assert asked == SelfComposedDpEvent(GaussianDpEvent(40 / (max(9, 0) - max(9 - teachers, teachers))), 2)
+
+
+def test_images_of_a_patient_are_drawn_apart() -> None:
+    step = capped_images_event(sample_rate=0.25, noise_multiplier=2.0, max_images_per_patient=2).event
+    assert step.sensitivities == (0.0, 1.0, 2.0)
+    assert step.sampling_probs == pytest.approx((0.5625, 0.375, 0.0625))
+    one = capped_images_event(sample_rate=0.25, noise_multiplier=2.0, max_images_per_patient=1)
+    plain = dpsgd_event(sample_rate=0.25, noise_multiplier=2.0)
+    assert epsilon_bounds(one, 1e-5).pld == pytest.approx(epsilon_bounds(plain, 1e-5).pld, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sensitivities", "chances", "said"),
+    [
+        ((), (), "one chance for each"),
+        ((0.0, 1.0), (1.0,), "one chance for each"),
+        ((1.0, 1.0), (0.5, 0.5), "no two"),
+        ((0.0, -1.0), (0.5, 0.5), "below 0"),
+        ((0.0, 1.0), (1.5, -0.5), "below 0"),
+        ((0.0, 1.0), (0.5, 0.4), "add to 1"),
+        ((0.0,), (1.0,), "releases nothing"),
+        ((0.0, math.nan), (0.5, 0.5), "finite"),
+        ((0.0, 1.0), (0.5, math.inf), "finite"),
+        ((0.0, "1"), (0.5, 0.5), "number"),
+    ],
+)
+def test_bad_mixtures(sensitivities: tuple, chances: tuple, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        leaves(MixtureOfGaussiansDpEvent(1.0, sensitivities, chances))
+
+
+@pytest.mark.parametrize(
+    ("mean", "shape"), [(0.5, 0.0), (0.99, 1.0), (0.0, math.inf), (2.0, -1.0), (math.nan, 0.0), (2.0, math.nan)]
+)
+def test_bad_tuning(mean: float, shape: float) -> None:
+    with pytest.raises(ValueError, match="mean_runs"):
+        tuning_event(GaussianDpEvent(1.0), mean_runs=mean, shape=shape)
+
+
+def test_tuning_of_nothing_and_without_end() -> None:
+    with pytest.raises(ValueError, match="releases nothing"):
+        tuning_event(composed([]), mean_runs=2)
+    event: dp_event.DpEvent = GaussianDpEvent(1.0)
+    for _ in range(6):
+        event = RepeatAndSelectDpEvent(event, 2.0, 1.0)
+    with pytest.raises(ValueError, match="RepeatAndSelectDpEvent is no event"):
+        leaves(event)
+    data = GAUSSIAN
+    for _ in range(40):
+        data = {"kind": "repeated", "count": 1, "event": data}
+    with pytest.raises(ValueError, match="no event"):
+        event_from_dict(data)

@@ -27,7 +27,13 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from dp_accounting.dp_event import ComposedDpEvent, DpEvent, GaussianDpEvent, LaplaceDpEvent, SelfComposedDpEvent
+from dp_accounting.dp_event import (
+    ComposedDpEvent,
+    DpEvent,
+    GaussianDpEvent,
+    DiscreteLaplaceDpEvent,
+    SelfComposedDpEvent,
+)
 
 from monai_privacy.accounting import (
     LedgerError,
@@ -39,6 +45,8 @@ from monai_privacy.accounting import (
     epsilon,
     ledger,
     ledger_file,
+    ledger_head,
+    ledger_state,
 )
 from monai_privacy.accounting.events import composed
 
@@ -48,7 +56,8 @@ GAUSSIAN = GaussianDpEvent(10.0)
 
 
 def begin(book: PrivacyLedger, *, step: DpEvent = STEP, planned_steps: int = 100, **options: Any) -> str:
-    return book.begin(**({"step": step, "planned_steps": planned_steps, "delta": 1e-5, "unit": "patient"} | options))
+    settings = {"step": step, "planned_steps": planned_steps, "fewest_steps": 1, "delta": 1e-5, "unit": "patient"}
+    return book.reserve(**(settings | options))
 
 
 def steps_on(path: Path) -> int:
@@ -217,7 +226,7 @@ def test_an_unknown_entry_is_refused(written: Path, entry: str) -> None:
         {"delta": math.nan},
         {"unit": "hospital"},
         {"unit": None},
-        {"step": LaplaceDpEvent(1.0)},
+        {"step": DiscreteLaplaceDpEvent(1.0, 1)},
         {"step": GaussianDpEvent(math.nan)},
         {"step": GaussianDpEvent(-1.0)},
         {"step": ComposedDpEvent([])},
@@ -284,26 +293,25 @@ def test_the_budget_is_never_passed_by_several_runs_together(path: Path) -> None
     budget = PrivacyBudget(2.2, 1e-5)
     book = PrivacyLedger(path, budget=budget)
     steps = (GaussianDpEvent(4.0), GaussianDpEvent(5.0))
-    runs = [begin(book, step=steps[0]), begin(book, step=steps[1]), begin(book, step=STEP, planned_steps=1)]
-    refused: set[str] = set()
-    recorded = dict.fromkeys(runs, 0)
-    while len(refused) < len(runs):
-        for run in runs:
-            left = book.steps_left(run)
-            try:
-                recorded[run] = book.record_step(run)
-            except PrivacyBudgetError:
-                refused.add(run)
-                assert left == 0
-            else:
-                assert run not in refused, "what did not fit once must not fit later"
-                assert left > 0
-                assert book.epsilon(budget.delta) <= budget.epsilon
-    assert min(recorded.values()) >= 1
-    assert {entry.entry_id: entry.steps for entry in PrivacyLedger(path).entries} == recorded
+    runs = [
+        begin(book, step=steps[0], planned_steps=3),
+        begin(book, step=STEP, planned_steps=1),
+        begin(book, step=steps[1]),
+    ]
+    granted = [entry.granted for entry in book.entries]
+    assert granted[:2] == [3, 1], "what fits is granted whole"
+    assert 0 < granted[2] < 100, "of what does not, as much as fits"
+    for run, count in zip(runs, granted, strict=True):
+        assert [book.record_step(run) for _ in range(count)] == list(range(1, count + 1))
+        assert book.epsilon(budget.delta) <= budget.epsilon
+        assert book.steps_left(run) == 0
+        with pytest.raises(PrivacyBudgetError, match="nothing was released"):
+            book.record_step(run)
+    assert [entry.steps for entry in PrivacyLedger(path).entries] == granted
     # And it was used up: one more of either would not have fitted.
+    (event,) = book.state.events()
     for step in steps:
-        assert epsilon(composed([book.event, step]), budget.delta) > budget.epsilon
+        assert epsilon(composed([event, step]), budget.delta) > budget.epsilon
     before = path.read_bytes()
     for step in steps:
         with pytest.raises(PrivacyBudgetError, match=r"budget \(epsilon 2.2, delta 1e-05\) .* is spent"):
@@ -312,6 +320,78 @@ def test_the_budget_is_never_passed_by_several_runs_together(path: Path) -> None
     # A cheaper run still fits: the rule is the budget, not a flag.
     cheap = begin(book, step=GaussianDpEvent(1e4), planned_steps=1)
     assert book.record_step(cheap) == 1
+
+
+def test_a_reservation_holds_from_the_first_step_on(path: Path) -> None:
+    book = PrivacyLedger(path, budget=PrivacyBudget(2.0, 1e-5))
+    room = affordable_steps(GAUSSIAN, PrivacyBudget(2.0, 1e-5), at_most=1000)
+    first = begin(book, step=GAUSSIAN, planned_steps=room - 5)
+    before = path.read_bytes()
+    with pytest.raises(PrivacyBudgetError, match=rf"room for 5 of {room} steps .*nothing was reserved"):
+        begin(book, step=GAUSSIAN, planned_steps=room, fewest_steps=None)
+    assert path.read_bytes() == before, "denied by default"
+    second = begin(book, step=GAUSSIAN, planned_steps=room, fewest_steps=5)
+    assert book.entry(second).granted == 5
+    assert book.steps_left(first) == room - 5, "no later run takes what an earlier one reserved"
+    assert book.epsilon(1e-5) == 0
+    assert book.state.epsilon(1e-5, reserved=True) == pytest.approx(epsilon(SelfComposedDpEvent(GAUSSIAN, room), 1e-5))
+    book.record_step(first)
+    book.commit(first)
+    assert book.require_room(step=GAUSSIAN, planned_steps=room, unit="patient", fewest_steps=1) == room - 5 - 1
+    book.void(second)
+    assert book.require_room(step=GAUSSIAN, planned_steps=room, unit="patient", fewest_steps=1) == room - 1
+
+
+def test_a_run_is_closed_once_and_goes_on_when_reopened(path: Path) -> None:
+    book = PrivacyLedger(path, budget=PrivacyBudget(2.0, 1e-5))
+    entry = begin(book, step=GAUSSIAN, planned_steps=10)
+    with pytest.raises(ValueError, match="has recorded no step: void it instead"):
+        book.commit(entry)
+    assert book.reopen(entry) == 10, "a run that is open is left as it is"
+    for _ in range(4):
+        book.record_step(entry)
+    with pytest.raises(ValueError, match="recorded 4 steps, which may have been released: it cannot be void"):
+        book.void(entry)
+    book.commit(entry, artifacts={"model": "ab" * 32})
+    for reader in (book, PrivacyLedger(path)):
+        found = reader.entry(entry)
+        assert (found.state, found.steps, found.granted, found.artifacts) == ("committed", 4, 4, {"model": "ab" * 32})
+        for close in (reader.commit, reader.void):
+            with pytest.raises(ValueError, match="is committed already"):
+                close(entry)
+        with pytest.raises(
+            PrivacyBudgetError, match="is committed, so its run has ended: nothing was released. Reopen"
+        ):
+            reader.record_step(entry)
+    assert book.reopen(entry) == 6
+    assert book.record_step(entry) == 5
+    assert PrivacyLedger(path).steps_left(entry) == 5
+    for _ in range(5):
+        book.record_step(entry)
+    book.commit(entry)
+    with pytest.raises(PrivacyBudgetError, match="all 10 planned steps"):
+        book.reopen(entry)
+    other = begin(book, step=GAUSSIAN, planned_steps=3)
+    book.void(other)
+    assert book.entry(other).state == "void"
+    assert book.reopen(other, fewest_steps=2) == 3
+
+
+def test_reopening_asks_the_budget_again(path: Path) -> None:
+    budget = PrivacyBudget(2.0, 1e-5)
+    book = PrivacyLedger(path, budget=budget)
+    room = affordable_steps(GAUSSIAN, budget, at_most=1000)
+    entry = begin(book, step=GAUSSIAN, planned_steps=room)
+    book.record_step(entry)
+    book.commit(entry)
+    other = begin(book, step=GAUSSIAN, planned_steps=room - 3)
+    with pytest.raises(PrivacyBudgetError, match="nothing was reserved"):
+        book.reopen(entry)
+    assert book.entry(entry).state == "committed"
+    assert book.reopen(entry, fewest_steps=1) == 2
+    assert book.state.within_budget()
+    book.void(other)
+    assert book.state.within_budget()
 
 
 def test_a_run_that_does_not_fit_at_all_is_not_begun(path: Path) -> None:
@@ -331,18 +411,61 @@ def test_a_run_without_guarantee_fits_no_budget(path: Path) -> None:
     assert book.record_step(begin(book)) == 1
 
 
+RESERVE = """
+from monai_privacy.accounting import PrivacyLedger
+from dp_accounting.dp_event import GaussianDpEvent
+book = PrivacyLedger(path)
+while True:
+    entry = book.reserve(step=GaussianDpEvent(10.0), planned_steps=planned, delta=1e-5, unit="patient")
+    for _ in range(used):
+        say(book.record_step(entry))
+    if used:
+        book.commit(entry)
+"""
+
+
 def test_two_processes_never_overspend_together(path: Path, fork: Fork) -> None:
     budget = PrivacyBudget(1.5, 1e-5)
     book = PrivacyLedger(path, budget=budget)
-    entries = [begin(book, step=GAUSSIAN), begin(book, step=GAUSSIAN)]
-    said = fork(RECORD, *({"path": str(path), "entry": entry} for entry in entries))
-    steps = [entry.steps for entry in book.entries]
-    for (*numbers, reason), count in zip(said, steps, strict=True):
-        assert numbers == [str(n) for n in range(1, count + 1)]
+    said = fork(RESERVE, *({"path": str(path), "planned": 3, "used": 2} for _ in range(2)))
+    for *numbers, reason in said:
+        assert numbers == ["1", "2"] * (len(numbers) // 2)
         assert reason.startswith("PrivacyBudgetError: ")
-    # Equal steps of Gaussian noise: the two runs together are one, so the sum is known.
-    assert sum(steps) == affordable_steps(GAUSSIAN, budget, at_most=200)
+    entries = book.entries
+    assert len(entries) == sum(len(numbers) // 2 for *numbers, _ in said)
+    # Equal steps of Gaussian noise: all runs together are one, so the sum is known. Two of three were used each time.
+    room = affordable_steps(GAUSSIAN, budget, at_most=200)
+    assert room - 3 < sum(entry.steps for entry in entries) <= room
     assert book.epsilon(budget.delta) <= budget.epsilon
+
+
+@pytest.mark.slow
+def test_two_processes_killed_at_any_point_never_overspend(tmp_path: Path, fork: Fork) -> None:
+    """200 kills: what was acknowledged is on the ledger, and what all may still do fits the budget."""
+    budget, chance, acknowledged = PrivacyBudget(8.0, 1e-5), random.Random(1), 0
+    for batch in range(10):
+        path = tmp_path / f"{batch}.jsonl"
+        book = PrivacyLedger(path, budget=budget)
+        for _ in range(20):
+            before = sum(entry.steps for entry in book.entries)
+            names = {"path": str(path), "planned": chance.randint(1, 9)}
+            said = fork(
+                RESERVE, names | {"used": 1}, names | {"used": names["planned"]}, kill_after=chance.uniform(0.0, 0.05)
+            )
+            numbers = sum(line.isdigit() for lines in said for line in lines)
+            steps = sum(entry.steps for entry in PrivacyLedger(path).entries)
+            # Each of both may have recorded one more that it could not say.
+            assert before + numbers <= steps <= before + numbers + 2
+            acknowledged += numbers
+        assert book.state.within_budget()
+        assert book.state.epsilon(budget.delta, reserved=True) <= budget.epsilon
+        # Crashed runs keep what they reserved, until somebody closes them.
+        open_runs = [entry for entry in book.entries if entry.state == "reserved"]
+        reserved = book.state.epsilon(budget.delta, reserved=True)
+        for entry in open_runs:
+            (book.commit if entry.steps else book.void)(entry.entry_id)
+        assert not open_runs or book.state.epsilon(budget.delta, reserved=True) < reserved
+    assert acknowledged > 400
 
 
 # --- several writers
@@ -443,6 +566,7 @@ def test_kill_nine_loses_no_acknowledged_step(path: Path, fork: Fork) -> None:
 def test_a_line_that_a_crash_cut_short_is_dropped(written: Path, zeros: int) -> None:
     whole = written.read_bytes()
     start = whole[:-1].rindex(b"\n") + 1
+    head_of(written, lines=6)  # a crash before the line was whole is one before it was acknowledged
     for cut in [*range(start, len(whole) - 1, 9), len(whole) - 2]:
         written.write_bytes(whole[:cut] + b"\0" * zeros)
         book = PrivacyLedger(written)
@@ -451,6 +575,7 @@ def test_a_line_that_a_crash_cut_short_is_dropped(written: Path, zeros: int) -> 
         assert book.record_step(entry.entry_id) == 5
         assert steps_on(written) == 5
         assert b"\0" not in written.read_bytes()
+        head_of(written, lines=6)
 
 
 def test_a_whole_line_without_its_end_counts(written: Path) -> None:
@@ -490,7 +615,7 @@ class Interrupt(BaseException):
 
 def interrupted(action: Callable[[], object], after: int) -> bool:
     """Run ``action``, interrupted after that many lines of the ledger's code; tell whether it came to that."""
-    files = {ledger.__file__, ledger_file.__file__}
+    files = {ledger.__file__, ledger_file.__file__, ledger_head.__file__, ledger_state.__file__}
     lines = 0
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
@@ -687,6 +812,12 @@ def test_paths_that_cannot_be_a_ledger(tmp_path: Path) -> None:
 # --- tampering
 
 
+def head_of(path: Path, *, lines: int) -> None:
+    """Write the file that says how many lines were acknowledged, as it was after so many."""
+    last = path.read_bytes().splitlines(keepends=True)[lines - 1]
+    path.with_name(path.name + ".head").write_text(f"{lines} {hashlib.sha256(last).hexdigest()}\n")
+
+
 def lines_of(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
 
@@ -730,6 +861,11 @@ TAMPERING: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
     # White space for JSON, and the end of a line for a careless reader, who would take the rest for cut short.
     "a carriage return": (lambda a: [*a[:3], a[3].replace(b'{"line":4,', b'{"line":4,\r'), *a[4:]], "line 5"),
     "a vertical tab": (lambda a: [*a[:3], a[3].replace(b'{"line":4,', b'{"line":4,\x0b'), *a[4:]], "line 4"),
+    "a changed last line": (lambda a: [*a[:-1], a[-1].replace(b'"time":"2', b'"time":"3')], "line 7: .*was changed"),
+    "a dropped last line": (lambda a: a[:-1], "line 7: it is missing, for 7 lines"),
+    "three lines cut off": (lambda a: a[:-3], "line 5: it is missing, for 7 lines"),
+    "half of the last line": (lambda a: [*a[:-1], a[-1][:20]], "line 7: it is missing"),
+    "all lines": (lambda a: [], "line 1: it is missing"),
     "rubbish at the end": (lambda a: [*a, b"rubbish"], "line 8: it is neither"),
     "another end": (lambda a: [*a, b'{"line":9,"ti'], "line 8: it is neither"),
 }
@@ -747,16 +883,52 @@ def test_tampering_is_noticed(written: Path, tamper: Callable, named: str) -> No
     assert written.read_bytes() == after, "what was found is evidence, and stays"
 
 
+COHORT = {
+    "name": "a cohort", "unit": "patient", "num_units": None, "digest": None, "partitions": 1, "filter_order": None,
+    "relation": "add or remove one unit",
+}  # fmt: skip
+CLOSE = {"kind": "commit", "artifacts": {}}
 FORGERIES: dict[str, tuple[Callable[[list[dict]], object], str]] = {
-    "an unknown format": (lambda r: r[0].update(format=2), r"line 1: .*format 2 is unknown"),
+    "an unknown format": (lambda r: r[0].update(format=1), r"line 1: .*format 1 is unknown"),
+    "a filter of no order": (
+        lambda r: r[0].update(budget={"epsilon": 1, "delta": 1e-5}, cohort=COHORT | {"filter_order": 2.345}),
+        "line 1",
+    ),
+    "a filter without budget": (lambda r: r[0].update(cohort=COHORT | {"filter_order": 8.0}), "line 1: .*filter"),
+    "a cohort of parts that are none": (
+        lambda r: r[0].update(cohort=COHORT | {"partitions": 0}),
+        "line 1: .*partitions",
+    ),
+    "an unknown relation": (lambda r: r[0].update(cohort=COHORT | {"relation": "replace"}), "line 1: .*replace"),
+    "a part of the whole": (lambda r: r[1].update(partition=0), "line 2: .*partition is 0"),
+    "more granted than planned": (lambda r: r[1].update(granted=101), "line 2: .*granted is 101"),
+    "nothing granted": (lambda r: r[1].update(granted=0), "line 2: .*granted is 0"),
+    "fewer granted than recorded": (lambda r: r[1].update(granted=4), "line 7: .*'step' is not expected"),
+    "endless steps": (lambda r: r[1].update(planned_steps=10**12), "line 2: .*planned_steps"),
+    "a commit of other steps": (
+        lambda r: r.insert(4, CLOSE | {"entry": r[1]["entry"], "steps": 1}),
+        "line 5: .*'commit'",
+    ),
+    "a step after the commit": (
+        lambda r: r.insert(4, CLOSE | {"entry": r[1]["entry"], "steps": 2}),
+        "line 6: .*'step'",
+    ),
+    "a void of what was released": (
+        lambda r: r.insert(4, {"kind": "void", "entry": r[1]["entry"]}),
+        "line 5: .*'void'",
+    ),
+    "an open run reopened": (
+        lambda r: r.insert(4, {"kind": "reopen", "entry": r[1]["entry"], "granted": 100}),
+        "line 5: .*'reopen'",
+    ),
     "no format": (lambda r: r[0].pop("format"), "line 1"),
     "a damaged budget": (lambda r: r[0].update(budget={"epsilon": -1, "delta": 1e-5}), "line 1: .*epsilon is -1"),
     "half a budget": (lambda r: r[0].update(budget={"epsilon": 1}), "line 1"),
     "an unknown kind": (lambda r: r[3].update(kind="refund"), "line 4: .*'refund' is not expected"),
     "no kind": (lambda r: r[3].pop("kind"), "line 4: .*kind"),
     "a second opening": (lambda r: r.insert(3, r[0]), "line 4: .*'open' is not expected"),
-    "no opening": (lambda r: r.pop(0), "line 1: .*'begin' is not expected"),
-    "the same run again": (lambda r: r.insert(3, r[1]), "line 4: .*'begin' is not expected"),
+    "no opening": (lambda r: r.pop(0), "line 1: .*'reserve' is not expected"),
+    "the same run again": (lambda r: r.insert(3, r[1]), "line 4: .*'reserve' is not expected"),
     "a step of no run": (lambda r: r[3].update(entry="f" * 32), "line 4"),
     "a missing step": (lambda r: r.pop(3), "line 4: .*'step' is not expected"),
     "a repeated step": (lambda r: r.insert(3, r[2]), "line 4: .*'step' is not expected"),
