@@ -93,14 +93,19 @@ def calibrate(
             f"{' and '.join(missing) or 'nothing'} left out: exactly one number can be found. Give two of --steps (or "
             "--epochs), --expected-batch-size and --noise-multiplier."
         )
-    target = {"epsilon": epsilon, "delta": delta}
     if expected_batch_size is None:
         expected_batch_size = calibrate_batch_size(
-            **target, num_patients=num_patients, noise_multiplier=noise_multiplier or 0.0, steps=steps or 0
+            epsilon=epsilon,
+            delta=delta,
+            num_patients=num_patients,
+            noise_multiplier=noise_multiplier or 0.0,
+            steps=steps or 0,
         )
     one = DPSGDPlan(num_patients=num_patients, expected_batch_size=expected_batch_size, steps=steps or 1, delta=delta)
     if steps is None:
-        steps = calibrate_steps(**target, sample_rate=one.sample_rate, noise_multiplier=noise_multiplier or 0.0)
+        steps = calibrate_steps(
+            epsilon=epsilon, delta=delta, sample_rate=one.sample_rate, noise_multiplier=noise_multiplier or 0.0
+        )
     plan = replace(one, steps=steps, noise_multiplier=noise_multiplier)
     if noise_multiplier is None:
         plan = plan.calibrate(epsilon=epsilon)

@@ -228,6 +228,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
                     "will end early, with noise made for all of them. A plan of so many steps needs less noise."
                 )
         else:
+            self._conduct.begin_or_continue(self.ledger_entry, self.state.iteration)
             self._conduct.require_steps_left(self.ledger_entry)
         # Not Trainer.run: it makes a gradient scaler for amp, and scaled gradients would all be clipped.
         self.scaler = None

@@ -32,6 +32,7 @@ from monai_privacy.accounting import (
     LedgerEntry,
     LedgerState,
     PrivacyBudget,
+    PrivacyBudgetError,
     PrivacyLedger,
     calibrate_noise_multiplier,
     dpsgd_event,
@@ -172,9 +173,15 @@ def _noise_that_fits(book: PrivacyLedger, sample_rate: float, steps: int) -> flo
 def _noise_through_filter(book: PrivacyLedger, sample_rate: float, steps: int) -> float:
     """The least noise, to 0.1 %, that an adaptive budget lets through for all steps."""
 
+    unit = book.cohort.unit if book.cohort else "patient"
+
     def fits(sigma: float) -> bool:
         event = dpsgd_event(sample_rate=sample_rate, noise_multiplier=sigma).event
-        return book.what_if(event, steps).steps_that_fit >= steps
+        try:
+            book.require_room(step=event, planned_steps=steps, unit=unit)
+        except PrivacyBudgetError:
+            return False
+        return True
 
     low, high = 0.05, 0.1
     while not fits(high):

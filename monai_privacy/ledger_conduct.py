@@ -79,6 +79,8 @@ class LedgerConduct:
                 planned_steps=self._plan.steps,
                 unit=self._plan.unit,
                 fewest_steps=1,
+                ids=self._ids,
+                partition=self._partition,
                 not_private=self._not_private,
             )
         )
@@ -121,7 +123,6 @@ class LedgerConduct:
         Raises:
             PrivacyBudgetError: then.
         """
-        self._group.first_does(lambda: self._ledger.reopen(entry_id, fewest_steps=1))
         if self.steps_left(entry_id) < 1:
             entry = self._ledger.entry(entry_id)
             raise PrivacyBudgetError(

@@ -22,8 +22,8 @@ from dp_accounting.dp_event import DpEvent
 
 from monai_privacy.accounting import accountants
 from monai_privacy.accounting.calibration import calibrate_noise_multiplier
-from monai_privacy.accounting.events import dpsgd_event
 from monai_privacy.accounting.cohort import UNITS
+from monai_privacy.accounting.events import dpsgd_event
 from monai_privacy.accounting.values import checked_count, checked_delta, checked_positive
 
 

@@ -431,7 +431,7 @@ def test_a_full_disk_gives_one_line_and_releases_nothing(xrays, tmp_path):
     plan = DPSGDPlan(num_patients=100, expected_batch_size=10, steps=10**6, delta=1e-4, noise_multiplier=50.0)
     opened = PrivacyLedger(ledger)
     for _ in range(60):
-        opened.begin(step=plan.step_event, planned_steps=10**6, delta=1e-4, unit="patient", facts=plan.to_dict())
+        opened.reserve(step=plan.step_event, planned_steps=10**6, delta=1e-4, unit="patient", facts=plan.to_dict())
     size = ledger.stat().st_size
     entries = opened.entries
     limit = max(size + 300, 10_000)

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 
@@ -28,6 +29,7 @@ from scipy import stats
 from torch import nn
 
 from monai_privacy import DPSGDPlan, LedgerError, PrivacyBudget, PrivacyBudgetError, PrivacyLedger
+from monai_privacy.provenance import code_digest, network_digest
 
 FALSE_ALARM = 1e-7
 
@@ -286,10 +288,104 @@ def test_running_again_releases_nothing(tmp_path):
     trainer = make_trainer(tmp_path / "ledger", network=network)
     trainer.run()
     after = weights(network)
-    with pytest.raises(PrivacyBudgetError, match="no step left of 8 planned"):
+    with pytest.raises(PrivacyBudgetError, match="all 8 planned steps: nothing was released"):
         trainer.run()
     assert torch.equal(weights(network), after)
     assert trainer.ledger.entries[0].steps == 8
+
+
+def test_a_run_that_ends_is_committed_and_one_that_crashes_keeps_its_reservation(tmp_path):
+    ledger = PrivacyLedger(tmp_path / "ledger", budget=PrivacyBudget(8.0, 1e-3))
+    plan = DPSGDPlan(num_patients=20, expected_batch_size=5, steps=12, delta=1e-3, noise_multiplier=2.0)
+    network = make_network()
+    config = tmp_path / "train.yaml"
+    config.write_text("lr: 0.1")
+    done = make_trainer(
+        ledger, network=network, plan=plan, max_epochs=2, purpose="first try", config_files=[config], epoch_length=4
+    )
+    done.run()
+    (entry,) = ledger.entries
+    assert (entry.state, entry.steps, entry.granted, entry.purpose) == ("committed", 8, 8, "first try")
+    assert entry.artifacts == {
+        "code": code_digest(),
+        "config train.yaml": hashlib.sha256(b"lr: 0.1").hexdigest(),
+        "model": network_digest(network),
+    }
+    # Going on takes the steps that are left of the plan, and only those.
+    done.state.max_epochs = 3
+    done.run()
+    assert (ledger.entries[0].state, ledger.entries[0].steps) == ("committed", 12)
+
+    def stop(engine):
+        raise KeyboardInterrupt
+
+    crashed = make_trainer(ledger, plan=plan, max_epochs=2, epoch_length=4)
+    crashed.add_event_handler(Events.ITERATION_COMPLETED(once=3), stop)
+    with pytest.raises(KeyboardInterrupt):
+        crashed.run()
+    entry = ledger.entries[1]
+    assert (entry.state, entry.steps, entry.granted) == ("reserved", 3, 12)
+
+
+def test_two_networks_that_differ_in_a_bit_have_two_digests():
+    network = make_network()
+    first = network_digest(network)
+    assert network_digest(make_network()) == first
+    with torch.no_grad():
+        network[0].weight[0, 0, 0, 0].nextafter_(torch.tensor(9.0))
+    assert network_digest(network) != first
+    assert network_digest(make_network().double()) != first
+
+
+def test_a_config_file_that_is_not_there_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"config file .*none.yaml cannot be read"):
+        make_trainer(tmp_path / "ledger", config_files=[tmp_path / "none.yaml"])
+
+
+def test_a_run_on_patients_of_another_cohort_is_refused(tmp_path):
+    ids = [record["patient_id"] for record in make_records(patients=20, images=1)]
+    for known, refused in ((ids, False), (ids[1:], True)):
+        ledger = PrivacyLedger.register(
+            tmp_path / f"{refused}.jsonl", cohort="Lungs", budget=PrivacyBudget(8.0, 1e-3), ids=known
+        )
+        plan = DPSGDPlan(num_patients=20, expected_batch_size=5, steps=8, delta=1e-3, noise_multiplier=2.0)
+        network = make_network()
+        before = weights(network)
+        trainer = make_trainer(ledger, network=network, plan=plan)
+        if refused:
+            with pytest.raises(ValueError, match="1 of 20 patients are not in the cohort 'Lungs'"):
+                trainer.run()
+            assert ledger.entries == ()
+            assert torch.equal(weights(network), before)
+            assert trainer.state.iteration == 0, "refused before the engine starts"
+        else:
+            trainer.run()
+            assert ledger.entries[0].members == "checked"
+
+
+def test_a_run_on_a_part_of_a_cohort_is_charged_to_that_part(tmp_path):
+    records = make_records(patients=40, images=1)
+    ids = [record["patient_id"] for record in records]
+    ledger = PrivacyLedger.register(
+        tmp_path / "ledger", cohort="Lungs", budget=PrivacyBudget(8.0, 1e-3), ids=ids, partitions=2
+    )
+    own = set(ledger.partition_ids(ids, 1))
+    part = [record for record in records if record["patient_id"] in own]
+    plan = DPSGDPlan(num_patients=20, expected_batch_size=5, steps=8, delta=1e-3, noise_multiplier=2.0)
+    make_trainer(ledger, records=part, plan=plan, partition=1).run()
+    assert ledger.entries[0].partition == 1
+    with pytest.raises(ValueError, match="belong to other parts"):
+        make_trainer(ledger, records=part, plan=plan, partition=0).run()
+
+
+def test_a_budget_for_fewer_steps_is_told_before_training(tmp_path, caplog):
+    plan = DPSGDPlan(num_patients=20, expected_batch_size=5, steps=40, delta=1e-3, noise_multiplier=1.0)
+    ledger = PrivacyLedger(tmp_path / "ledger", budget=PrivacyBudget(plan.epsilon(10), 1e-3))
+    trainer = make_trainer(ledger, plan=plan, max_epochs=10)
+    with caplog.at_level(logging.WARNING):
+        trainer.run()
+    assert "has room for 10 of the plan's 40 steps" in caplog.text
+    assert ledger.entries[0].steps == ledger.entries[0].granted == 10
 
 
 def test_a_refused_run_does_not_start_the_engine(tmp_path):

@@ -199,8 +199,10 @@ def test_a_checkpoint_of_another_ledger_is_refused(tmp_path):
 
 def test_a_run_keeps_its_plan(tmp_path):
     checkpointed(tmp_path, tmp_path / "ledger", epochs=1, plan=plan_of(2)).run()
+    trainer = checkpointed(tmp_path, tmp_path / "ledger", epochs=3, plan=plan_of(3), resume=True)
     with pytest.raises(ValueError, match="a run keeps its plan"):
-        checkpointed(tmp_path, tmp_path / "ledger", epochs=3, plan=plan_of(3), resume=True).run()
+        trainer.run()
+    assert trainer.ledger.entries[0].state == "committed", "nothing was reserved for it"
 
 
 def test_a_resumed_run_may_not_let_out_more_than_its_entry_says(tmp_path):
@@ -212,9 +214,13 @@ def test_a_resumed_run_may_not_let_out_more_than_its_entry_says(tmp_path):
 
 def test_an_older_copy_of_the_ledger_is_noticed(tmp_path):
     checkpointed(tmp_path, tmp_path / "ledger", epochs=1, plan=plan_of(3)).run()
-    copy = (tmp_path / "ledger").read_bytes()
+    copies = {name: (tmp_path / name).read_bytes() for name in ("ledger", "ledger.head")}
     checkpointed(tmp_path, tmp_path / "ledger", epochs=2, plan=plan_of(3), resume=True).run()
-    (tmp_path / "ledger").write_bytes(copy)
+    (tmp_path / "ledger").write_bytes(copies["ledger"])
+    with pytest.raises(LedgerError, match="or is an older copy"):
+        checkpointed(tmp_path, tmp_path / "ledger", epochs=3, plan=plan_of(3), resume=True).run()
+    # The whole folder put back: then the checkpoint knows of more steps than the ledger.
+    (tmp_path / "ledger.head").write_bytes(copies["ledger.head"])
     with pytest.raises(LedgerError, match="it is an older copy"):
         checkpointed(tmp_path, tmp_path / "ledger", epochs=3, plan=plan_of(3), resume=True).run()
 
@@ -234,7 +240,7 @@ def test_a_checkpoint_of_an_ordinary_trainer_is_not_taken_for_a_private_one(tmp_
 
 def test_a_finished_run_that_is_resumed_says_so(tmp_path):
     checkpointed(tmp_path, tmp_path / "ledger", epochs=2, plan=plan_of(2)).run()
-    with pytest.raises(PrivacyBudgetError, match="no step left"):
+    with pytest.raises(PrivacyBudgetError, match="all 8 planned steps: nothing was released"):
         checkpointed(tmp_path, tmp_path / "ledger", epochs=3, plan=plan_of(2), resume=True).run()
 
 

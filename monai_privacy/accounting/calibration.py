@@ -47,10 +47,10 @@ def calibrate_noise_multiplier(
     target, delta = checked_epsilon(epsilon), checked_delta(delta)
 
     before = [] if spent is None else [spent]
-    if before and accountants.epsilon(composed(before), delta) >= target:
+    cost = accountants.epsilon(composed(before), delta)
+    if cost >= target:
         raise ValueError(
-            f"epsilon {target:g} is spent: what was released before costs {accountants.epsilon(composed(before), delta):.4g} "
-            "by itself. No noise makes room for more."
+            f"epsilon {target:g} is spent: what was released before costs {cost:.4g} by itself. No noise makes room."
         )
 
     def event(sigma: float) -> DpEvent:

@@ -23,6 +23,7 @@ from typing import Any
 
 from dp_accounting.dp_event import DpEvent
 
+from monai_privacy.accounting import ledger_messages as messages
 from monai_privacy.accounting.accountants import EpsilonBounds
 from monai_privacy.accounting.cohort import Cohort, CohortSecrets
 from monai_privacy.accounting.event_json import event_to_dict
@@ -82,8 +83,8 @@ class PrivacyLedger:
                 self._append(_opening(None, budget))
         if budget is not None and budget != self.budget:
             raise ValueError(
-                f"{self.path} was opened with budget {_say(self.budget)}, not {_say(budget)}: a cohort's budget is fixed "
-                "when its ledger is made. Leave budget out, or take another ledger for another cohort."
+                f"{self.path} was opened with budget {messages.say(self.budget)}, not {messages.say(budget)}: a cohort's "
+                "budget is fixed when its ledger is made. Leave budget out, or take another ledger for another cohort."
             )
 
     @classmethod
@@ -137,9 +138,8 @@ class PrivacyLedger:
 
     def __repr__(self) -> str:
         name = f", cohort={self.cohort.name!r}" if self.cohort else ""
-        return (
-            f"PrivacyLedger({str(self.path)!r}{name}, budget={_say(self.budget)}, entries={len(self._state.entries)})"
-        )
+        budget = messages.say(self.budget)
+        return f"PrivacyLedger({str(self.path)!r}{name}, budget={budget}, entries={len(self._state.entries)})"
 
     @property
     def path(self) -> os.PathLike[str]:
@@ -251,18 +251,27 @@ class PrivacyLedger:
         return str(record["entry"])
 
     def require_room(
-        self, *, step: DpEvent, planned_steps: int, unit: str, fewest_steps: int | None = None,
+        self,
+        *,
+        step: DpEvent,
+        planned_steps: int,
+        unit: str,
+        fewest_steps: int | None = None,
+        ids: Iterable[str] | None = None,
+        partition: int | None = None,
         not_private: tuple[str, ...] = (),
-    ) -> int:  # fmt: skip
+    ) -> int:
         """How many steps :meth:`reserve` would grant; refuses what it would refuse, and writes nothing.
 
         Raises:
             PrivacyBudgetError: where the steps do not fit.
-            ValueError: for a unit other than that of the runs before.
+            ValueError: for another unit than before, or ids that the cohort does not have.
         """
         self._sync()
+        self._checked_members(unit, ids, partition)
         planned = checked_count("planned_steps", planned_steps)
-        return self._room(LedgerEntry("", unit, step, planned, delta=0.5, not_private=not_private), fewest_steps)
+        run = LedgerEntry("", unit, step, planned, delta=0.5, partition=partition, not_private=not_private)
+        return self._room(run, fewest_steps)
 
     def reopen(self, entry_id: str, *, fewest_steps: int | None = None) -> int:
         """Reserve what is left of the plan of a run that was committed or void, to go on with it; the steps granted.
@@ -279,7 +288,7 @@ class PrivacyLedger:
                 return entry.steps_left
             left = entry.planned_steps - entry.steps
             if left < 1:
-                raise PrivacyBudgetError(self._full_message(entry))
+                raise PrivacyBudgetError(messages.full(self.path, self.budget, entry))
             fewest = left if fewest_steps is None else min(left, checked_count("fewest_steps", fewest_steps))
             granted = self._room(entry, entry.steps + fewest)
             self._append({"kind": "reopen", "entry": entry_id, "granted": granted})
@@ -336,19 +345,14 @@ class PrivacyLedger:
             raise ValueError("delta is None and the ledger has no budget: give a delta.")
         at = state.budget.delta if delta is None and state.budget is not None else checked_delta(delta or 0.0)
         unit = state.cohort.unit if state.cohort else next((e.unit for e in state.entries), "patient")
-        run = {
-            "kind": "reserve", "entry": "what if", "unit": unit, "step_event": event_to_dict(step),
-            "planned_steps": steps, "granted": steps, "delta": at, "partition": partition, "purpose": "",
-            "members": "not checked", "facts": {}, "unnoised": [], "assumptions": [], "not_private": [], "artifacts": {},
-        }  # fmt: skip
-        then = state.copy()
-        then.apply(run | {"line": 0}, self.path)
+        run = LedgerEntry("what if", unit, step, checked_count("steps", steps), at, granted=steps, partition=partition)
+        state.check_new(run)
         return WhatIf(
             delta=at,
             epsilon_now=state.epsilon(at, reserved=True),
-            epsilon_then=then.epsilon(at, reserved=True),
+            epsilon_then=state.with_run(run).epsilon(at, reserved=True),
             steps=steps,
-            steps_that_fit=state.steps_within_budget(entry_from(run)),
+            steps_that_fit=state.steps_within_budget(run),
         )
 
     def steps_left(self, entry_id: str) -> int:
@@ -370,7 +374,7 @@ class PrivacyLedger:
             self._refresh()
             entry = self._known(entry_id)
             if not entry.steps_left:
-                raise PrivacyBudgetError(self._full_message(entry))
+                raise PrivacyBudgetError(messages.full(self.path, self.budget, entry))
             self._append({"kind": "step", "entry": entry_id, "step": entry.steps + 1})
             return entry.steps + 1
 
@@ -380,7 +384,7 @@ class PrivacyLedger:
         fewest = entry.planned_steps if fewest_steps is None else checked_count("fewest_steps", fewest_steps)
         granted = self._state.steps_within_budget(entry)
         if granted < min(fewest, entry.planned_steps):
-            raise PrivacyBudgetError(self._spent_message(entry, granted))
+            raise PrivacyBudgetError(messages.spent(self.path, self.budget, entry, granted))
         return granted
 
     def _checked_members(self, unit: str, ids: Iterable[str] | None, partition: int | None) -> str:
@@ -392,7 +396,7 @@ class PrivacyLedger:
                     "check them against. Give ids, on a registered cohort."
                 )
             return "not checked"
-        known = [str(value) for value in ids]
+        known = list(dict.fromkeys(str(value) for value in ids))
         hidden = CohortSecrets(self.path)
         strangers = hidden.strangers(known, cohort.digest)
         if strangers:
@@ -413,37 +417,6 @@ class PrivacyLedger:
             raise ValueError(f"{self.path} has no partitions. Register the cohort with a number of them.")
         parts = CohortSecrets(self.path).partitions_of(ids, self.cohort.partitions)
         return [name for name, part in parts.items() if part == partition]
-
-    def _spent_message(self, entry: LedgerEntry, granted: int) -> str:
-        if entry.not_private:
-            return (
-                f"the run is not private ({'; '.join(entry.not_private)}), so it does not fit the budget "
-                f"{_say(self.budget)} of {self.path}: nothing was released. Debug with a ledger that has no budget."
-            )
-        if granted > entry.steps:
-            return (
-                f"the budget {_say(self.budget)} of {self.path} has room for {granted} of {entry.planned_steps} steps beside "
-                "what was released and reserved before, so nothing was reserved. Plan so many steps, or more noise: "
-                "'ledger what-if' tells how much."
-            )
-        return (
-            f"the budget {_say(self.budget)} of {self.path} is spent or reserved: the next step does not fit, so nothing was "
-            "released. Ask the cohort's data steward; a new ledger for the same patients would hide what they lost."
-        )
-
-    def _full_message(self, entry: LedgerEntry) -> str:
-        name = f"entry {entry.entry_id[:8]} of {self.path}"
-        if entry.state != "reserved" and entry.steps < entry.planned_steps:
-            return f"{name} is {entry.state}, so its run has ended: nothing was released. Reopen it, or plan a new run."
-        if entry.steps < entry.planned_steps:
-            return (
-                f"{name} has recorded all {entry.granted} steps that the budget {_say(self.budget)} left of its "
-                f"{entry.planned_steps} planned ones: nothing was released. Ask the cohort's data steward."
-            )
-        return (
-            f"{name} has recorded all {entry.planned_steps} planned steps: nothing was released. Plan more steps in a new "
-            "run."
-        )
 
     def _known(self, entry_id: str) -> LedgerEntry:
         entry = self._state.get(entry_id)
@@ -483,7 +456,3 @@ def _opening(cohort: Cohort | None, budget: PrivacyBudget | None) -> dict[str, A
         "cohort": None if cohort is None else asdict(cohort),
         "budget": None if budget is None else asdict(budget),
     }
-
-
-def _say(budget: PrivacyBudget | None) -> str:
-    return "none" if budget is None else f"(epsilon {budget.epsilon:g}, delta {budget.delta:g})"

@@ -49,8 +49,8 @@ class LedgerFile:
     or inserted before others is noticed: accidents and careless edits, not a forger who computes the hashes anew. The
     last lines have nothing after them, so a second file, ``<path>.head``, holds their number and the last one's hash:
     lines that went missing at the end, an older copy put back or a changed last line are noticed by it. Where it is
-    missing, as beside a copy, they are not. ``append`` returns only once the line is on the disk. A line that a crash cut short was never
-    acknowledged, so nothing was released under it: it is cut off before the next line is added.
+    missing, as beside a copy, they are not. ``append`` returns only once the line is on the disk. A line that a crash
+    cut short was never acknowledged, so nothing was released under it: it is cut off before the next line is added.
 
     Args:
         path: the file; it and its folder are created where missing. Links are followed, so that all names of a file
@@ -121,8 +121,8 @@ class LedgerFile:
             self._check_cut_short(last)
         if acknowledged is not None and self._read.lines < acknowledged.lines:
             raise LedgerError(
-                f"{self.path}, line {self._read.lines + 1}: it is missing, for {acknowledged.lines} lines were acknowledged: "
-                f"the file was cut off, or is an older copy. {RESTORE} For another cohort, name another file."
+                f"{self.path}, line {self._read.lines + 1}: it is missing, for {acknowledged.lines} lines were "
+                f"acknowledged: the file was cut off, or is an older copy. {RESTORE} For another cohort, name another file."
             )
 
     @property
@@ -249,12 +249,13 @@ class LedgerFile:
         )
 
     def _check_acknowledged(self, acknowledged: Head | None) -> None:
-        if acknowledged is not None and self._read.lines == acknowledged.lines != 0:
-            if self._read.last_hash != acknowledged.last_hash:
-                raise LedgerError(
-                    f"{self.path}, line {self._read.lines}: it is not the line that was acknowledged, so it was changed. "
-                    f"{RESTORE}"
-                )
+        if acknowledged is None or self._read.lines != acknowledged.lines:
+            return
+        if self._read.lines and self._read.last_hash != acknowledged.last_hash:
+            raise LedgerError(
+                f"{self.path}, line {self._read.lines}: it is not the line that was acknowledged, so it was changed. "
+                f"{RESTORE}"
+            )
 
     def _failure(self, verb: str, error: OSError) -> LedgerError:
         return LedgerError(

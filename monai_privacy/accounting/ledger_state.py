@@ -133,11 +133,9 @@ class LedgerState:
         state._entries = {entry.entry_id: entry for entry in entries}
         return state
 
-    def copy(self) -> LedgerState:
-        """A state that goes its own way from here."""
-        other = LedgerState()
-        other.__dict__.update(self.__dict__)  # the entries are replaced, never changed
-        return other
+    def with_run(self, entry: LedgerEntry) -> LedgerState:
+        """A state with one run more."""
+        return self.of_entries([*self.entries, entry])
 
     @property
     def entries(self) -> tuple[LedgerEntry, ...]:
@@ -168,7 +166,8 @@ class LedgerState:
             besides: leaves this run out.
         """
         counted = [e for e in self.entries if e.entry_id != besides]
-        parts = sorted({e.partition for e in counted if e.partition is not None}) or [None]
+        numbers = sorted({e.partition for e in counted if e.partition is not None})
+        parts: list[int | None] = [*numbers] or [None]
         events = []
         for part in parts:
             own = [e for e in counted if e.partition in (None, part)]

@@ -204,8 +204,8 @@ def _sampling(step: DpEvent) -> str:
             return f"Poisson, each unit on its own coin with probability {leaf.sampling_probability:.6g}"
         if isinstance(leaf, dp_event.TruncatedSubsampledGaussianDpEvent):
             return (
-                f"Poisson, each unit on its own coin with probability {leaf.sampling_probability:.6g}, cut down at random to "
-                f"{leaf.truncated_batch_size}"
+                f"Poisson, each unit on its own coin with probability {leaf.sampling_probability:.6g}, cut down at random "
+                f"to {leaf.truncated_batch_size}"
             )
         if isinstance(leaf, dp_event.MixtureOfGaussiansDpEvent):
             return f"Poisson, each of at most {max(leaf.sensitivities):g} images of a patient on its own coin"

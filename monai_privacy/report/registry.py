@@ -82,7 +82,7 @@ def registry_entry(
             },
             "privacy_loss": {
                 "privacy_unit": unit,
-                "privacy_unit_details": f"neighbouring data sets: {report.relation}, with all that the {report.unit} has there",
+                "privacy_unit_details": f"neighbours: {report.relation}, with all that the {report.unit} has",
                 "privacy_parameters": {"epsilon": float(rounded_up(report.epsilon, 4)), "delta": report.delta},
                 "privacy_parameters_details": f"{report.claim} {report.risk_in_words}".strip(),
             },

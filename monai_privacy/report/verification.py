@@ -44,9 +44,9 @@ def differences(report: str | os.PathLike[str], ledger: str | os.PathLike[str]) 
     claimed = read_report(report)
     made = report_on(ledger, lines=claimed["ledger_lines"])
     if made.ledger_hash != claimed["ledger_hash"]:
+        theirs, right = claimed["ledger_hash"], made.ledger_hash
         return [
-            f"ledger_hash: the report says {claimed['ledger_hash']!r}, line {made.ledger_lines} of the ledger gives "
-            f"{made.ledger_hash!r}: it is another ledger, or its lines were changed."
+            f"ledger_hash: the report says {theirs!r}, line {made.ledger_lines} gives {right!r}: it is another ledger"
         ]
     ours = json.loads(made.to_json())
     return [

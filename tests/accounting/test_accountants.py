@@ -47,8 +47,7 @@ from monai_privacy.accounting.accountants import (
     rdp_epsilon,
 )
 from monai_privacy.accounting.divergences import ORDERS
-from monai_privacy.accounting.events import capped_images_event, laplace_event, truncated_dpsgd_event
-from monai_privacy.accounting.events import composed
+from monai_privacy.accounting.events import capped_images_event, composed, laplace_event, truncated_dpsgd_event
 
 FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((FOLDER / "accounting.json").read_text(encoding="utf-8"))["vectors"]

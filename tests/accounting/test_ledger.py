@@ -29,9 +29,9 @@ from typing import Any
 import pytest
 from dp_accounting.dp_event import (
     ComposedDpEvent,
+    DiscreteLaplaceDpEvent,
     DpEvent,
     GaussianDpEvent,
-    DiscreteLaplaceDpEvent,
     SelfComposedDpEvent,
 )
 
@@ -360,7 +360,7 @@ def test_a_run_is_closed_once_and_goes_on_when_reopened(path: Path) -> None:
             with pytest.raises(ValueError, match="is committed already"):
                 close(entry)
         with pytest.raises(
-            PrivacyBudgetError, match="is committed, so its run has ended: nothing was released. Reopen"
+            PrivacyBudgetError, match=r"is committed, so its run has ended: nothing was released\. Reopen"
         ):
             reader.record_step(entry)
     assert book.reopen(entry) == 6
