@@ -101,6 +101,8 @@ class DPSupervisedTrainer(SupervisedTrainer):
         purpose: who trains and why, in words, for the ledger and the report.
         config_files: files whose SHA-256 goes into the ledger, beside that of this package and of the trained network.
         partition: the part of a registered cohort that these patients are, counted from 0; see ``PrivacyLedger``.
+        fewest_steps: train with as many of the plan's steps as the budget has room for, if at least with so many; where
+            None, a plan that does not fit whole is refused, since noise made for all steps wastes what is left.
         insecure_seed: repeatable draws and noise for debugging; the report then says "not private".
         epoch_length: iterations in an epoch; ``plan.steps_per_epoch`` where None.
         amp: bf16 autocast, without a gradient scaler: scaled gradients would all be clipped.
@@ -135,6 +137,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
         purpose: str = "",
         config_files: Sequence[str] = (),
         partition: int | None = None,
+        fewest_steps: int | None = None,
         insecure_seed: int | None = None,
         epoch_length: int | None = None,
         amp: bool = False,
@@ -189,6 +192,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
             self._group,
             ids=loader.dataset.units,  # type: ignore[attr-defined]
             partition=partition,
+            fewest_steps=fewest_steps,
             purpose=purpose,
             artifacts={"code": code_digest(), **file_digests(config_files)},
             unnoised=unnoised_by(handlers, release_train_statistics),
@@ -225,7 +229,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
             if steps < self.plan.steps:
                 self.logger.warning(
                     f"The budget {self.ledger.budget} has room for {steps} of the plan's {self.plan.steps} steps: the run "
-                    "will end early, with noise made for all of them. A plan of so many steps needs less noise."
+                    "will end early, with noise made for all of them."
                 )
         else:
             self._conduct.begin_or_continue(self.ledger_entry, self.state.iteration)

@@ -35,6 +35,7 @@ class LedgerConduct:
         group: the processes of the run.
         ids: of the run's units, to check against a registered cohort.
         partition: the part of the cohort that it sees.
+        fewest_steps: of the plan, that must fit the budget; all where None.
         purpose: who trains and why.
         artifacts: SHA-256 of code and configs, by name.
         unnoised: what leaves without noise, in words.
@@ -50,6 +51,7 @@ class LedgerConduct:
         *,
         ids: Sequence[str],
         partition: int | None,
+        fewest_steps: int | None,
         purpose: str,
         artifacts: Mapping[str, str],
         unnoised: Sequence[str],
@@ -61,6 +63,7 @@ class LedgerConduct:
         self._group = group
         self._ids = tuple(ids)
         self._partition = partition
+        self._fewest_steps = fewest_steps
         self._purpose = purpose
         self._artifacts = dict(artifacts)
         self._unnoised = tuple(unnoised)
@@ -68,7 +71,7 @@ class LedgerConduct:
         self._not_private = tuple(not_private)
 
     def require_room(self) -> int:
-        """How many of the planned steps the budget has room for; refuses a new run of which not even one fits.
+        """How many of the planned steps the budget has room for; refuses a new run for which they are too few.
 
         Raises:
             PrivacyBudgetError: then; nothing is written.
@@ -78,7 +81,7 @@ class LedgerConduct:
                 step=self._plan.step_event,
                 planned_steps=self._plan.steps,
                 unit=self._plan.unit,
-                fewest_steps=1,
+                fewest_steps=self._fewest_steps,
                 ids=self._ids,
                 partition=self._partition,
                 not_private=self._not_private,
@@ -134,8 +137,7 @@ class LedgerConduct:
         return self._ledger.reserve(
             step=self._plan.step_event,
             planned_steps=self._plan.steps,
-            # As many as fit: the trainer ends the run there, and has said so.
-            fewest_steps=1,
+            fewest_steps=self._fewest_steps,
             delta=self._plan.delta,
             unit=self._plan.unit,
             ids=self._ids,

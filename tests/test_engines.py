@@ -257,7 +257,7 @@ def test_a_run_stopped_by_its_budget_ends_below_it_with_its_epoch_completed(tmp_
     plan = DPSGDPlan.for_epochs(num_patients=20, expected_batch_size=5, epochs=10, delta=1e-3, noise_multiplier=1.0)
     budget = PrivacyBudget(epsilon=plan.epsilon(steps=7) * 1.0001, delta=1e-3)
     ledger = PrivacyLedger(tmp_path / "ledger", budget=budget)
-    trainer = make_trainer(ledger, plan=plan, max_epochs=10)
+    trainer = make_trainer(ledger, plan=plan, max_epochs=10, fewest_steps=1)
     fired = []
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda e: fired.append((e.state.epoch, e.state.iteration)))
     trainer.add_event_handler(Events.COMPLETED, lambda e: fired.append("completed"))
@@ -381,7 +381,10 @@ def test_a_run_on_a_part_of_a_cohort_is_charged_to_that_part(tmp_path):
 def test_a_budget_for_fewer_steps_is_told_before_training(tmp_path, caplog):
     plan = DPSGDPlan(num_patients=20, expected_batch_size=5, steps=40, delta=1e-3, noise_multiplier=1.0)
     ledger = PrivacyLedger(tmp_path / "ledger", budget=PrivacyBudget(plan.epsilon(10), 1e-3))
-    trainer = make_trainer(ledger, plan=plan, max_epochs=10)
+    with pytest.raises(PrivacyBudgetError, match="has room for 10 of 40 steps"):
+        make_trainer(ledger, plan=plan, max_epochs=10).run()
+    assert ledger.entries == (), "a plan that does not fit whole is refused"
+    trainer = make_trainer(ledger, plan=plan, max_epochs=10, fewest_steps=5)
     with caplog.at_level(logging.WARNING):
         trainer.run()
     assert "has room for 10 of the plan's 40 steps" in caplog.text

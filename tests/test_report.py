@@ -377,13 +377,17 @@ def test_parts_of_a_cohort_cost_what_the_dearest_costs(path: Path) -> None:
     assert [entry.members for entry in found.entries] == ["checked"] * 4
     assert "| cohort | Lungs, 60 patients registered |" in str(found)
     assert "| part of the cohort | 2 |" in str(found)
+    assert not any("not checked" in reason for reason in found.reasons)
+    run(book, steps=1)
+    assert any("1 runs did not say whose data" in reason for reason in PrivacyReport.from_ledger(path).reasons)
 
 
 def test_an_adaptive_cohort_claims_its_filter_and_not_what_it_would_be_otherwise(path: Path) -> None:
     book = PrivacyLedger.register(path, cohort="Lungs", budget=PrivacyBudget(3.0, 1e-5), adaptive=True)
     event = run(book, steps=3)
     found = PrivacyReport.from_ledger(path)
-    assert found.epsilon == 3.0 > accounting.epsilon(event, 1e-5)
+    assert found.epsilon == book.epsilon(1e-5) == pytest.approx(3.0)
+    assert found.epsilon > accounting.epsilon(event, 1e-5)
     assert found.bounds["pld as if fixed beforehand"] == accounting.epsilon_bounds(event, 1e-5).pld
     assert found.accountant.startswith("Rényi filter of order ")
     # What an attacker can do is what the whole budget allows.

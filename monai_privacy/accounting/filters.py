@@ -43,6 +43,12 @@ def allowance(budget: PrivacyBudget, order: float) -> float:
     return budget.epsilon + (math.log(budget.delta) + math.log(order)) / (order - 1) - math.log1p(-1 / order)
 
 
+def filtered_epsilon(budget: PrivacyBudget, order: float, delta: float) -> float:
+    """ε at ``delta`` of whatever the filter of that budget lets through; the budget's own at its δ."""
+    whole = allowance(budget, order)
+    return max(0.0, whole - (math.log(delta) + math.log(order)) / (order - 1) + math.log1p(-1 / order))
+
+
 def divergence_at(event: DpEvent, order: float) -> float:
     """An upper bound on the Rényi divergence of ``order``; inf where none is known."""
     return float(rdp_curve(event)[ORDERS.index(order)])

@@ -128,11 +128,11 @@ class PrivacyLedger:
         named = Cohort(name=cohort, unit=unit, partitions=partitions, filter_order=order)
         file = LedgerFile(path)
         with file.locked():
+            if any(True for _ in file.read_new()):
+                raise ValueError(f"{path} exists by now: another process registered a cohort there.")
             if ids is not None:
                 number, digest = CohortSecrets(file.path).create(ids)
                 named = replace(named, num_units=number, digest=digest)
-            if any(True for _ in file.read_new()):
-                raise ValueError(f"{path} exists by now: another process registered a cohort there.")
             file.append(_opening(named, budget))
         return cls(path)
 
@@ -245,6 +245,10 @@ class PrivacyLedger:
             "not_private": list(not_private),
             "artifacts": dict(artifacts or {}),
         }
+        # Asked once without the lock: accounting may take a while, and trainings must be able to record meanwhile. The
+        # accountants remember, so that asking again is quick.
+        self._sync()
+        self._room(entry_from(record), fewest_steps)
         with self._file.locked():
             self._refresh()
             self._append(record | {"granted": self._room(entry_from(record), fewest_steps)})

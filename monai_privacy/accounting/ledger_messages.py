@@ -28,8 +28,8 @@ def spent(path: object, budget: PrivacyBudget | None, entry: LedgerEntry, grante
     if granted > entry.steps:
         return (
             f"the budget {say(budget)} of {path} has room for {granted} of {entry.planned_steps} steps beside what was "
-            "released and reserved before, so nothing was reserved. Plan so many steps, or more noise: 'ledger what-if' "
-            "tells how much."
+            "released and reserved before, so nothing was reserved. Plan so many steps, or more noise (see "
+            "'ledger what-if'), or set fewest_steps."
         )
     return (
         f"the budget {say(budget)} of {path} is spent or reserved: the next step does not fit, so nothing was released. "

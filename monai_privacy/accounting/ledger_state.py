@@ -28,7 +28,7 @@ from monai_privacy.accounting.accountants import EpsilonBounds, affordable_steps
 from monai_privacy.accounting.cohort import UNITS, Cohort
 from monai_privacy.accounting.event_json import event_from_dict
 from monai_privacy.accounting.events import composed, leaves
-from monai_privacy.accounting.filters import allowance, divergence_at, steps_through_filter
+from monai_privacy.accounting.filters import allowance, divergence_at, filtered_epsilon, steps_through_filter
 from monai_privacy.accounting.ledger_file import RESTORE, LedgerError, LedgerFile
 from monai_privacy.accounting.values import PrivacyBudget, checked_count, checked_delta
 
@@ -180,13 +180,22 @@ class LedgerState:
         return any(entry.not_private for entry in self.entries if entry.steps)
 
     def bounds(self, delta: float, *, reserved: bool = False) -> EpsilonBounds:
-        """Both bounds on ε of the part that lost most, of the mechanisms as recorded."""
+        """Both bounds on ε of the part that lost most, of the mechanisms as recorded, had all been fixed beforehand."""
         found = [accountants.epsilon_bounds(event, delta) for event in self.events(reserved=reserved)]
         return max(found, key=lambda bounds: bounds.epsilon)
 
     def epsilon(self, delta: float, *, reserved: bool = False) -> float:
-        """ε at ``delta`` of everything released; inf where a run that released something carries no guarantee."""
-        return math.inf if self.not_private else self.bounds(delta, reserved=reserved).epsilon
+        """ε at ``delta`` of everything released; inf where a run that released something carries no guarantee.
+
+        Where the budget is adaptive, that of all that its filter may let through, as soon as anything was released: the
+        bounds of what was released hold only for runs that were fixed beforehand.
+        """
+        if self.not_private:
+            return math.inf
+        if self.budget is not None and self.cohort is not None and self.cohort.filter_order is not None:
+            used = any(entry.steps or (reserved and entry.steps_left) for entry in self.entries)
+            return filtered_epsilon(self.budget, self.cohort.filter_order, checked_delta(delta)) if used else 0.0
+        return self.bounds(delta, reserved=reserved).epsilon
 
     def steps_within_budget(self, entry: LedgerEntry) -> int:
         """The most steps, recorded ones included, that the budget allows this run beside all that others may use."""

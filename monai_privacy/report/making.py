@@ -108,11 +108,11 @@ def _numbers(state: LedgerState, entries: tuple[LedgerEntry, ...], delta: float)
         }  # fmt: skip
     events = state.events()
     found: dict[str, float | None] = {"pld": finite(bounds.pld), "rdp": finite(bounds.rdp)}
-    epsilon, accountant, reserved = bounds.epsilon, bounds.accountant, state.bounds(delta, reserved=True).epsilon
+    epsilon, accountant, reserved = bounds.epsilon, bounds.accountant, state.epsilon(delta, reserved=True)
     if state.cohort is not None and state.cohort.filter_order is not None and state.budget is not None:
         order = state.cohort.filter_order
         # Runs may have been chosen by what earlier ones gave: then the filter's bound holds, and not the realised one.
-        epsilon = reserved = state.budget.epsilon
+        epsilon = state.epsilon(delta)
         accountant = f"Rényi filter of order {order:g} (Feldman & Zrnic 2021)"
         found = {"filter": epsilon, **{f"{name} as if fixed beforehand": value for name, value in found.items()}}
         total = allowance(state.budget, order)
@@ -122,7 +122,7 @@ def _numbers(state: LedgerState, entries: tuple[LedgerEntry, ...], delta: float)
         profiles = [accountants.delta_of(event, EPSILONS) for event in events]
     rates = np.max([rates_by_profile(EPSILONS, profile, np.array(_RATES)) for profile in profiles], axis=0)
     curve = tuple((rate, min(1.0, float(true))) for rate, true in zip(_RATES, rates, strict=True))
-    status, reasons = _status(entries, delta)
+    status, reasons = _status(state, entries, delta)
     return {
         "status": status,
         "reasons": reasons,
@@ -137,14 +137,23 @@ def _numbers(state: LedgerState, entries: tuple[LedgerEntry, ...], delta: float)
     }
 
 
-def _status(entries: tuple[LedgerEntry, ...], delta: float) -> tuple[str, tuple[str, ...]]:
-    if any(delta * int(entry.facts.get("num_patients", 1)) >= 1 for entry in entries):
+def _status(state: LedgerState, entries: tuple[LedgerEntry, ...], delta: float) -> tuple[str, tuple[str, ...]]:
+    registered = state.cohort.num_units if state.cohort is not None else None
+    sizes = [int(entry.facts.get("num_patients", 1)) for entry in entries] + ([registered] if registered else [])
+    if any(delta * size >= 1 for size in sizes):
         return DELTA_TOO_LARGE, (f"delta is {delta:g}, at or above 1 / number of units",)
+    reasons = []
     unnoised = tuple(dict.fromkeys(item for entry in entries for item in entry.unnoised))
-    if any(item.startswith("training") for item in unnoised):
-        return NETWORK_ALONE, tuple(f"left without noise: {item}" for item in unnoised)
-    assumed = sum(len(set(entry.assumptions)) for entry in entries)
-    return FORMAL, (f"it rests on {assumed} assumptions that no program can check",) if assumed else ()
+    alone = any(item.startswith("training") for item in unnoised)
+    if alone:
+        reasons += [f"left without noise: {item}" for item in unnoised]
+    unknown = sum(entry.members != "checked" for entry in entries) if registered else 0
+    if unknown:
+        reasons.append(f"{unknown} runs did not say whose data they used, so they were not checked against the cohort")
+    assumed = len({item for entry in entries for item in entry.assumptions})
+    if assumed:
+        reasons.append(f"it rests on {assumed} assumptions that no program can check")
+    return NETWORK_ALONE if alone else FORMAL, tuple(reasons)
 
 
 def _other_units(events: tuple[DpEvent, ...], delta: float, unit: str) -> dict[str, float | None]:

@@ -64,7 +64,7 @@ def risk_picture(report: PrivacyReport) -> Markup:
             f'<text class="label" x="{x(rate) - 8:.1f}" y="{above:.1f}" text-anchor="end">'
             f"{escape(rounded_up_percent(share))}</text>"
         )
-    parts.append(f'<text class="tick" x="{x(0.32):.1f}" y="{y(0.19):.1f}" text-anchor="end">blind guessing</text>')
+    parts.append(f'<text class="tick" x="{x(0.9):.1f}" y="{y(0.05):.1f}" text-anchor="end">blind guessing</text>')
     parts.append(
         f'<text class="axis" x="{(_LEFT + _WIDTH - _RIGHT) / 2:.0f}" y="{_HEIGHT - 10}" text-anchor="middle">'
         f"{report.unit}s not used, wrongly suspected</text>"
