@@ -171,8 +171,9 @@ def _seconds(step: Callable[[], None], device: str) -> float:
 
 def memory(name: str, contender: str, device: str, amp: bool) -> float | None:
     """Peak MB above the loaded network of two steps, in a fresh process; None where the contender cannot run."""
-    # Freed memory goes back to the system at once, so that the peak is what was in use.
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    # Freed memory goes back to the system at once, so that the peak is what was in use. Not for small pieces: a page fault
+    # for each of them made these steps thirty times as slow.
+    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (name, contender, device, amp, torch.get_num_threads()))
@@ -252,6 +253,11 @@ def _cell(row: dict[str, Any], contender: str) -> str:
     return text
 
 
+def _save(results: dict[str, Any], output: Path) -> None:
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -278,18 +284,17 @@ def main() -> None:
     for name in options.networks:
         with console.status(f"{name} ..."):
             row: dict[str, Any] = {"plain_megabytes": None, "contenders": {}}
+            for contender, timing in times(NETWORKS[name], contenders, *settings).items():
+                said = {"error": timing} if isinstance(timing, str) else asdict(timing) | {"ratio": timing.ratio}
+                row["contenders"][contender] = said
+            results["rows"][name] = row
+            _save(results, output)
             if not options.no_memory:
                 row["plain_megabytes"] = memory(name, "plain", options.device, options.amp)
-            for contender, timing in times(NETWORKS[name], contenders, *settings).items():
-                if isinstance(timing, str):
-                    row["contenders"][contender] = {"error": timing}
-                    continue
-                row["contenders"][contender] = found = asdict(timing) | {"ratio": timing.ratio}
-                if not options.no_memory:
-                    found["megabytes"] = memory(name, contender, options.device, options.amp)
-        results["rows"][name] = row
-        output.parent.mkdir(exist_ok=True)
-        output.write_text(json.dumps(results, indent=1), encoding="utf-8")
+                for contender, found in row["contenders"].items():
+                    if "ratio" in found:
+                        found["megabytes"] = memory(name, contender, options.device, options.amp)
+                _save(results, output)
         console.print(table({"rows": {name: row}}), soft_wrap=True, highlight=False)
     console.print(
         "\ntime of a step over that of plain training (peak memory likewise)\n\n" + table(results), soft_wrap=True

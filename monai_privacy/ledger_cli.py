@@ -39,6 +39,7 @@ from monai_privacy.accounting import (
     event_to_dict,
 )
 from monai_privacy.accounting.ledger_file import LedgerFile
+from monai_privacy.plan import DPSGDPlan
 from monai_privacy.report import PrivacyReport, rounded_up
 
 # Beside 0, 1 for a fault of the program and 2 for bad input: the answer is no.
@@ -47,6 +48,7 @@ NO = 3
 app = typer.Typer(help="Register a cohort, ask what it has spent, and check a ledger.", no_args_is_help=True)
 
 LedgerPath = Annotated[Path, typer.Argument(help="The ledger file.")]
+EntryName = Annotated[str, typer.Argument(help="The run, or how its name begins.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -77,7 +79,7 @@ def register(
     if ids is not None:
         if not ids.is_file():
             raise FileNotFoundError(f"{ids} does not exist. Name a text file with one patient id a line.")
-        known = [line.strip() for line in ids.read_text(encoding="utf-8").splitlines() if line.strip()]
+        known = _ids_in(ids)
     book = PrivacyLedger.register(
         ledger, cohort=cohort, budget=PrivacyBudget(epsilon, delta), ids=known, unit=unit, adaptive=adaptive,
         partitions=partitions,
@@ -139,9 +141,18 @@ def what_if(
     """What a further run would cost, and whether it fits; exit code 3 where it does not."""
     _require_file(ledger)
     book = PrivacyLedger(ledger)
+    at = delta if delta is not None else book.state.delta
+    # Checks the numbers, and says what is wrong with them.
+    plan = DPSGDPlan(
+        num_patients=num_patients,
+        expected_batch_size=expected_batch_size,
+        steps=steps,
+        delta=at if at is not None else 1e-5,
+        noise_multiplier=noise_multiplier,
+    )
     if noise_multiplier is None:
-        noise_multiplier = _noise_that_fits(book, expected_batch_size / num_patients, steps)
-    event = dpsgd_event(sample_rate=expected_batch_size / num_patients, noise_multiplier=noise_multiplier).event
+        noise_multiplier = _noise_that_fits(book, plan.sample_rate, steps)
+    event = dpsgd_event(sample_rate=plan.sample_rate, noise_multiplier=noise_multiplier).event
     found = book.what_if(event, steps, delta=delta)
     fits = found.steps_that_fit >= steps
     if as_json:
@@ -241,19 +252,30 @@ def export(
 
 
 @app.command()
-def commit(ledger: LedgerPath, entry: Annotated[str, typer.Argument(help="The run, or how its name begins.")]) -> None:
+def commit(ledger: LedgerPath, entry: EntryName, as_json: AsJson = False) -> None:
     """Close a run that ended without saying so, such as one that crashed for good: what it did not use is free."""
     book, found = _open_entry(ledger, entry)
     book.commit(found.entry_id)
-    print(f"{found.entry_id[:8]} is committed with {found.steps} steps")
+    told = f"{found.entry_id[:8]} is committed with {found.steps} steps"
+    print(json.dumps(_run(book.entry(found.entry_id))) if as_json else told)
 
 
 @app.command()
-def void(ledger: LedgerPath, entry: Annotated[str, typer.Argument(help="The run, or how its name begins.")]) -> None:
+def void(ledger: LedgerPath, entry: EntryName, as_json: AsJson = False) -> None:
     """Give back the reservation of a run that has recorded no step."""
     book, found = _open_entry(ledger, entry)
     book.void(found.entry_id)
-    print(f"{found.entry_id[:8]} is void")
+    print(json.dumps(_run(book.entry(found.entry_id))) if as_json else f"{found.entry_id[:8]} is void")
+
+
+def _ids_in(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no UTF-8 text: {error.reason}. Save it as UTF-8, one patient id a line."
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _open_entry(ledger: Path, name: str) -> tuple[PrivacyLedger, LedgerEntry]:

@@ -273,7 +273,7 @@ def test_ledger_commit_and_void(ledger):
     assert_one_line(call("ledger", "commit", ledger, other[:8]), "void it instead")
     assert_one_line(call("ledger", "commit", ledger, "zzz"), "0 runs of")
     assert "committed with 3 steps" in call("ledger", "commit", ledger, run[:8]).stdout
-    assert "is void" in call("ledger", "void", ledger, other).stdout
+    assert json.loads(call("ledger", "void", ledger, other, "--json").stdout)["state"] == "void"
     assert [entry.state for entry in book.entries] == ["committed", "void"]
     assert_one_line(call("ledger", "void", ledger, other), "is void already")
 
@@ -285,6 +285,34 @@ def test_a_ledger_that_is_not_there_is_not_made(tmp_path, command):
         more = ["--num-patients", 9, "--expected-batch-size", 3, "--steps", 3]
     assert_one_line(call("ledger", command, tmp_path / "none.jsonl", *more), "is no ledger file")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num-patients": 0}, "num_patients is 0"),
+        ({"expected-batch-size": 0}, "expected_batch_size is 0"),
+        ({"expected-batch-size": 200}, "above the 100 patients"),
+        ({"steps": 0}, "steps is 0"),
+        ({"noise-multiplier": 0}, "noise_multiplier is 0.0"),
+        ({"noise-multiplier": "nan"}, "noise_multiplier is nan"),
+        ({"delta": 2}, "delta is 2.0"),
+    ],
+)
+def test_what_if_with_numbers_out_of_range_gives_one_line(ledger, change, message):
+    numbers = {"num-patients": 100, "expected-batch-size": 10, "steps": 5, "noise-multiplier": 1} | change
+    assert_one_line(
+        call("ledger", "what-if", ledger, *[f"--{name}={value}" for name, value in numbers.items()]), message
+    )
+
+
+def test_ids_in_another_encoding_give_one_line(tmp_path):
+    (tmp_path / "ids.txt").write_bytes("Müller\n".encode("latin-1"))
+    new = ["ledger", "register", tmp_path / "new.jsonl", "--cohort", "Lungs", "--epsilon", 8, "--delta", 1e-3]
+    assert_one_line(call(*new, "--ids", tmp_path / "ids.txt"), "is no UTF-8 text")
+    (tmp_path / "ids.txt").write_bytes("\ufeffMüller\r\nMeier\r\n".encode())
+    assert json.loads(call(*new, "--ids", tmp_path / "ids.txt", "--json").stdout)["num_units"] == 2
+    assert PrivacyLedger(tmp_path / "new.jsonl")._checked_members("patient", ["Müller", "Meier"], None) == "checked"
 
 
 def test_bad_registrations_give_one_line(tmp_path, ledger):
