@@ -25,13 +25,13 @@ import typer
 from rich.console import Console
 
 from monai_privacy import __version__
-from monai_privacy.accounting import PrivacyBudget, calibrate_batch_size, calibrate_steps
+from monai_privacy.accounting import LedgerState, PrivacyBudget, calibrate_batch_size, calibrate_steps
 from monai_privacy.errors import user_message
 from monai_privacy.ledger_cli import NO
 from monai_privacy.ledger_cli import app as ledger_app
 from monai_privacy.plan import DPSGDPlan
 from monai_privacy.report import PrivacyReport, rounded_up
-from monai_privacy.report.verification import differences
+from monai_privacy.report.verification import differences, read_report
 
 # Exit codes that a script can tell apart: 1 is a fault of the program, 2 is bad input (typer's own choice as well), 3 a
 # question that was answered with no.
@@ -143,12 +143,14 @@ def verify(
 ) -> None:
     """Recompute a report from its ledger; exit code 3 where it says anything else."""
     found = differences(report_file, ledger)
+    made, now = read_report(report_file)["ledger_lines"], LedgerState.of_file(ledger).lines
+    since = f", as of line {made}: {now - made} lines were added since" if now > made else ""
     if as_json:
-        print(json.dumps({"same": not found, "differences": found}, ensure_ascii=False))
+        print(json.dumps({"same": not found, "differences": found, "lines_since": now - made}, ensure_ascii=False))
     elif found:
         print("\n".join(found))
     else:
-        print(f"{report_file} says what {ledger} gives")
+        print(f"{report_file} says what {ledger} gives{since}")
     if found:
         raise typer.Exit(NO)
 

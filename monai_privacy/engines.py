@@ -241,6 +241,10 @@ class DPSupervisedTrainer(SupervisedTrainer):
         self._internal_run_generator = None
         Workflow.run(self)
         # Not where it raised: a crash keeps the reservation, so that the run can be resumed.
+        self.end_ledger_entry()
+
+    def end_ledger_entry(self) -> None:
+        """Commit the ledger entry of a run that has ended; ``run`` does so itself, and the report's handler before it."""
         if self.ledger_entry is not None:
             self._conduct.end(self.ledger_entry, self._plain_network)
 

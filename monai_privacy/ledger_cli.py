@@ -27,6 +27,7 @@ import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from monai_privacy.accounting import (
     LedgerEntry,
@@ -105,7 +106,7 @@ def status(
     if as_json:
         print(json.dumps(found))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     name = state.cohort.name if state.cohort else "not registered"
     console.print(f"cohort: {name}")
     if at is None:
@@ -120,7 +121,7 @@ def status(
     for entry in found["entries"]:
         table.add_row(
             entry["entry"][:8], entry["state"], str(entry["steps"]), str(entry["granted"]), _say(entry["epsilon"]),
-            entry["purpose"],
+            Text(entry["purpose"]),
         )  # fmt: skip
     if found["entries"]:
         console.print(table)

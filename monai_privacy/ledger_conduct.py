@@ -98,6 +98,7 @@ class LedgerConduct:
         """
         found: str = self._group.first_says(self._begin) if entry_id is None else entry_id
         self._require_same_run(self._ledger.entry(found), iteration)
+        self._group.first_does(lambda: self._ledger.require_members(found, self._ids, self._partition))
         # A run that was committed when it ended goes on where there are steps to do.
         self._group.first_does(lambda: self._ledger.reopen(found, fewest_steps=1))
         return found

@@ -110,6 +110,23 @@ class LedgerAccountant(IAccountant):
         else:
             self.history.append((noise_multiplier, sample_rate, 1))
 
+    def get_optimizer_hook_fn(self, sample_rate: float) -> Any:
+        """Opacus's hook, which records each optimizer step; refuses steps over several batches.
+
+        Opacus counts such a step as one draw at a higher rate, but a row that is in several of its batches adds several
+        clipping norms.
+        """
+
+        def hook(optimizer: Any) -> None:
+            if optimizer.accumulated_iterations != 1:
+                raise ValueError(
+                    f"the step adds up {optimizer.accumulated_iterations} batches: a row in several of them counts several "
+                    "times, which its sample rate does not say. Take one batch a step; BatchMemoryManager bounds memory."
+                )
+            self.step(noise_multiplier=optimizer.noise_multiplier, sample_rate=sample_rate)
+
+        return hook
+
     def get_epsilon(self, delta: float, *args: Any, **kwargs: Any) -> float:
         """ε at ``delta`` of everything on the cohort's ledger, other trainings included."""
         return self._ledger.epsilon(delta)

@@ -328,7 +328,7 @@ def test_what_would_hold_without_amplification(path: Path) -> None:
     plain = accounting.epsilon(SelfComposedDpEvent(GaussianDpEvent(4.0), 4), PLAN.delta)
     assert found.without_amplification == pytest.approx(plain)
     assert found.without_amplification > found.epsilon
-    assert "| ε without amplification (draws seen, or shuffled) | " in str(found)
+    assert "| ε without amplification, as of a loader that shuffles | " in str(found)
 
 
 def test_the_risk_is_that_of_the_best_attacker(path: Path) -> None:

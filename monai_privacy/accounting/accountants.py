@@ -223,18 +223,24 @@ def _log_delta_growth(one: float, size: int) -> float:
 
 
 def epsilon_without_amplification(event: DpEvent, delta: float) -> float:
-    """ε at ``delta`` where the draws were no secret: each unit is then taken to be in its expected number of steps.
+    """ε at ``delta`` for a loader that shuffles, in which each unit comes once in an epoch, instead of drawing.
 
-    What would hold for a loader that shuffles, in which each unit comes once in an epoch (rounded up), or where
-    somebody saw who was drawn. Zero-out relation: a unit is replaced by nothing, at a fixed divisor.
+    Each run counts by itself, its epochs rounded up. Zero-out relation: a unit is replaced by nothing, at a fixed divisor.
+    No bound for draws that somebody saw: a unit may be in more steps than expected.
 
     Reference: composition of Gaussians, as in Chua et al. 2024, arXiv:2403.17673, for adaptive batch linear queries.
     """
+    return epsilon(composed(_without_amplification(event)), delta)
+
+
+def _without_amplification(event: DpEvent) -> list[DpEvent]:
+    if type(event) is dp_event.ComposedDpEvent:
+        return [plain for child in event.events for plain in _without_amplification(child)]
     plain: list[DpEvent] = []
     for leaf, count in leaves(event).items():
         times = math.ceil(count * _chance(leaf) * (1 - 1e-12))
         plain.append(dp_event.SelfComposedDpEvent(without_amplification(leaf), max(1, times)))
-    return epsilon(composed(plain), delta)
+    return plain
 
 
 def _chance(leaf: DpEvent) -> float:

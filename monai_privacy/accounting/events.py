@@ -21,10 +21,11 @@ from dp_accounting import dp_event
 from dp_accounting.dp_event import DpEvent
 from scipy import stats
 
-from monai_privacy.accounting.values import checked_count, checked_number, checked_positive
+from monai_privacy.accounting.values import checked_count, checked_noise, checked_number, checked_positive
 
 # A tuned recipe whose runs were themselves tuned: each level costs, and more than a few are a mistake.
 _DEEPEST = 4
+_MOST_RELEASES = 10**18
 
 
 def dpsgd_event(*, sample_rate: float, noise_multiplier: float, steps: int = 1) -> DpEvent:
@@ -47,7 +48,7 @@ def truncated_dpsgd_event(
     """The event of ``steps`` DP-SGD steps whose Poisson draws are cut down, at random, to a largest size.
 
     Args:
-        num_patients: number of units in the cohort, or a larger public bound of it.
+        num_patients: exact number of units in the larger of two neighbouring cohorts; neither more nor fewer is a bound.
         sample_rate: probability with which each unit enters a draw, before it is cut.
         max_batch_size: most units in a batch; about six standard deviations above the mean costs nothing.
         noise_multiplier: noise standard deviation divided by the clipping norm (σ/C).
@@ -59,7 +60,7 @@ def truncated_dpsgd_event(
         dataset_size=checked_count("num_patients", num_patients),
         sampling_probability=checked_sample_rate(sample_rate),
         truncated_batch_size=checked_count("max_batch_size", max_batch_size),
-        noise_multiplier=checked_positive("noise_multiplier", noise_multiplier),
+        noise_multiplier=checked_noise("noise_multiplier", noise_multiplier),
     )
     return dp_event.SelfComposedDpEvent(step, checked_count("steps", steps))
 
@@ -83,7 +84,7 @@ def capped_images_event(
     images = checked_count("max_images_per_patient", max_images_per_patient)
     law = stats.binom(images, checked_sample_rate(sample_rate))
     step = dp_event.MixtureOfGaussiansDpEvent(
-        standard_deviation=checked_positive("noise_multiplier", noise_multiplier),
+        standard_deviation=checked_noise("noise_multiplier", noise_multiplier),
         sensitivities=tuple(float(count) for count in range(images + 1)),
         sampling_probs=tuple(float(law.pmf(count)) for count in range(images + 1)),
     )
@@ -92,12 +93,12 @@ def capped_images_event(
 
 def gaussian_event(noise_multiplier: float) -> DpEvent:
     """One release with Gaussian noise of ``noise_multiplier`` times its L2 sensitivity to one unit."""
-    return dp_event.GaussianDpEvent(checked_positive("noise_multiplier", noise_multiplier))
+    return dp_event.GaussianDpEvent(checked_noise("noise_multiplier", noise_multiplier))
 
 
 def laplace_event(noise_multiplier: float) -> DpEvent:
     """One release with Laplace noise of scale ``noise_multiplier`` times its L1 sensitivity to one unit."""
-    return dp_event.LaplaceDpEvent(checked_positive("noise_multiplier", noise_multiplier))
+    return dp_event.LaplaceDpEvent(checked_noise("noise_multiplier", noise_multiplier))
 
 
 def gnmax_event(*, noise_std: float, answers: int = 1, teachers_per_patient: int = 1) -> DpEvent:
@@ -188,7 +189,10 @@ def _walk(event: DpEvent, count: int, depth: int) -> Iterable[tuple[DpEvent, int
         for child in event.events:
             yield from _walk(child, count, depth)
     elif type(event) is dp_event.SelfComposedDpEvent:
-        yield from _walk(event.event, count * checked_count("count", event.count), depth)
+        times = count * checked_count("count", event.count)
+        if times > _MOST_RELEASES:
+            raise ValueError(f"the event is repeated more than {_MOST_RELEASES:.0e} times: no accountant can judge it.")
+        yield from _walk(event.event, times, depth)
     elif type(event) is not dp_event.NoOpDpEvent:
         yield _checked_leaf(event, depth), count
 
@@ -235,7 +239,7 @@ def _checked_mixture(event: DpEvent) -> DpEvent:
     if max(sensitivities) == 0:
         raise ValueError("all sensitivities are 0: a step that releases nothing would be free.")
     return dp_event.MixtureOfGaussiansDpEvent(
-        checked_positive("noise_multiplier", event.standard_deviation), sensitivities, chances
+        checked_noise("noise_multiplier", event.standard_deviation), sensitivities, chances
     )
 
 

@@ -30,7 +30,13 @@ from monai_privacy.accounting.event_json import event_to_dict
 from monai_privacy.accounting.filters import filter_order
 from monai_privacy.accounting.ledger_file import LedgerError, LedgerFile
 from monai_privacy.accounting.ledger_state import FORMAT, LedgerEntry, LedgerState, entry_from
-from monai_privacy.accounting.values import PrivacyBudget, PrivacyBudgetError, checked_count, checked_delta
+from monai_privacy.accounting.values import (
+    PrivacyBudget,
+    PrivacyBudgetError,
+    checked_count,
+    checked_delta,
+    checked_steps,
+)
 
 
 @dataclass(frozen=True)
@@ -349,7 +355,7 @@ class PrivacyLedger:
             raise ValueError("delta is None and the ledger has no budget: give a delta.")
         at = state.budget.delta if delta is None and state.budget is not None else checked_delta(delta or 0.0)
         unit = state.cohort.unit if state.cohort else next((e.unit for e in state.entries), "patient")
-        run = LedgerEntry("what if", unit, step, checked_count("steps", steps), at, granted=steps, partition=partition)
+        run = LedgerEntry("what if", unit, step, checked_steps("steps", steps), at, granted=steps, partition=partition)
         state.check_new(run)
         return WhatIf(
             delta=at,
@@ -391,6 +397,21 @@ class PrivacyLedger:
             raise PrivacyBudgetError(messages.spent(self.path, self.budget, entry, granted))
         return granted
 
+    def require_members(self, entry_id: str, ids: Iterable[str], partition: int | None) -> None:
+        """Refuse to go on with a run on other data than it was reserved for.
+
+        Raises:
+            ValueError: for ids that the registered cohort does not have, or another part of it.
+        """
+        entry = self.entry(entry_id)
+        if entry.partition != partition:
+            raise ValueError(
+                f"entry {entry_id[:8]} of {self.path} is charged to part {entry.partition} of the cohort, not {partition}: "
+                "a run keeps its part. Resume with that part, or begin a new run."
+            )
+        if entry.members == "checked":
+            self._checked_members(entry.unit, ids, partition)
+
     def _checked_members(self, unit: str, ids: Iterable[str] | None, partition: int | None) -> str:
         cohort = self.cohort
         if ids is None or cohort is None or cohort.digest is None or cohort.unit != unit:
@@ -401,6 +422,8 @@ class PrivacyLedger:
                 )
             return "not checked"
         known = list(dict.fromkeys(str(value) for value in ids))
+        if not known:
+            raise ValueError(f"ids are empty: a run on no {unit} cannot be checked. Give the ids of its {unit}s.")
         hidden = CohortSecrets(self.path)
         strangers = hidden.strangers(known, cohort.digest)
         if strangers:

@@ -101,7 +101,7 @@ class LedgerFile:
             LedgerError: naming the first line that was changed, dropped, swapped, inserted, or is no JSON.
         """
         # Read before the lines: a reader without the lock may then find more of these than are acknowledged.
-        acknowledged = self._head.read()
+        acknowledged = self._acknowledged()
         self._check_acknowledged(acknowledged)
         # Not splitlines: it would end a line at a stray carriage return, and all after it would pass for cut short.
         *lines, last = self._unread().split(b"\n")
@@ -128,7 +128,7 @@ class LedgerFile:
     @property
     def has_head(self) -> bool:
         """Whether lines missing at the end would be noticed."""
-        return self._head.read() is not None
+        return self._acknowledged() is not None
 
     @property
     def head(self) -> tuple[int, str]:
@@ -247,6 +247,15 @@ class LedgerFile:
             lines=self._read.lines + 1,
             last_hash=hashlib.sha256(line).hexdigest(),
         )
+
+    def _acknowledged(self) -> Head | None:
+        try:
+            return self._head.read()
+        except ValueError as error:
+            raise LedgerError(
+                f"{self._head.path} is damaged ({error}), so lines missing at the end of {self.path} would not be noticed. "
+                f"{RESTORE} If it is whole, by its newest report, delete the damaged file."
+            ) from error
 
     def _check_acknowledged(self, acknowledged: Head | None) -> None:
         if acknowledged is None or self._read.lines != acknowledged.lines:

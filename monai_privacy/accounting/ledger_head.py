@@ -38,15 +38,28 @@ class LedgerHead:
         self.path = ledger.with_name(ledger.name + ".head")
 
     def read(self) -> Head | None:
-        """What it says; None where it is missing, or empty as a power cut may leave it."""
+        """What it says; None where there is none.
+
+        Raises:
+            ValueError: where it says something else, or cannot be read.
+        """
         try:
-            found = re.fullmatch(r"(\d{1,18}) ([0-9a-f]{64})\n", self.path.read_text(encoding="ascii"))
-        except (OSError, UnicodeDecodeError):
+            text = self.path.read_text(encoding="ascii")
+        except FileNotFoundError:
             return None
-        return Head(int(found[1]), found[2]) if found else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(str(error)) from error
+        found = re.fullmatch(r"(\d{1,18}) ([0-9a-f]{64})\n", text)
+        if found is None:
+            raise ValueError("it is not what this package writes")
+        return Head(int(found[1]), found[2])
 
     def write(self, head: Head) -> None:
         """Say so from now on; raises OSError where it cannot."""
         new = self.path.with_name(self.path.name + ".new")
-        new.write_text(f"{head.lines} {head.last_hash}\n", encoding="ascii")
+        with open(new, "w", encoding="ascii") as file:
+            file.write(f"{head.lines} {head.last_hash}\n")
+            file.flush()
+            # Or a power cut could leave a name without its content.
+            os.fsync(file.fileno())
         os.replace(new, self.path)

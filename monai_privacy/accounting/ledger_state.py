@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,11 +31,9 @@ from monai_privacy.accounting.event_json import event_from_dict
 from monai_privacy.accounting.events import composed, leaves
 from monai_privacy.accounting.filters import allowance, divergence_at, filtered_epsilon, steps_through_filter
 from monai_privacy.accounting.ledger_file import RESTORE, LedgerError, LedgerFile
-from monai_privacy.accounting.values import PrivacyBudget, checked_count, checked_delta
+from monai_privacy.accounting.values import PrivacyBudget, checked_count, checked_delta, checked_steps
 
 FORMAT = 2
-# Nobody trains so long, and larger counts overflow the accountants.
-_MOST_STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -122,6 +121,8 @@ class LedgerState:
                 break
             state.apply(record, path)
         state.lines, state.last_hash = file.head
+        if not state.opened:
+            raise LedgerError(f"{path}, line 1: it is missing, so this is no ledger. {RESTORE}")
         if lines is not None and state.lines < lines:
             raise LedgerError(f"{path} has {state.lines} lines, not {lines}: it is older, or another ledger. {RESTORE}")
         return state
@@ -135,7 +136,9 @@ class LedgerState:
 
     def with_run(self, entry: LedgerEntry) -> LedgerState:
         """A state with one run more."""
-        return self.of_entries([*self.entries, entry])
+        other = self.of_entries([*self.entries, entry])
+        other.budget, other.cohort = self.budget, self.cohort
+        return other
 
     @property
     def entries(self) -> tuple[LedgerEntry, ...]:
@@ -194,6 +197,9 @@ class LedgerState:
             return math.inf
         if self.budget is not None and self.cohort is not None and self.cohort.filter_order is not None:
             used = any(entry.steps or (reserved and entry.steps_left) for entry in self.entries)
+            # Whatever the file says was granted: the filter's bound holds where the filter held.
+            if not self._through_filter(self.budget, self.cohort.filter_order):
+                return math.inf
             return filtered_epsilon(self.budget, self.cohort.filter_order, checked_delta(delta)) if used else 0.0
         return self.bounds(delta, reserved=reserved).epsilon
 
@@ -225,11 +231,13 @@ class LedgerState:
             return True
         if any(entry.not_private for entry in self.entries if entry.steps or entry.steps_left):
             return False
-        events = self.events(reserved=True)
         if self.cohort is not None and self.cohort.filter_order is not None:
-            order = self.cohort.filter_order
-            return all(divergence_at(event, order) <= allowance(self.budget, order) for event in events)
+            return self._through_filter(self.budget, self.cohort.filter_order)
+        events = self.events(reserved=True)
         return all(accountants.epsilon(event, self.budget.delta) <= self.budget.epsilon for event in events)
+
+    def _through_filter(self, budget: PrivacyBudget, order: float) -> bool:
+        return all(divergence_at(event, order) <= allowance(budget, order) for event in self.events(reserved=True))
 
     def check_new(self, entry: LedgerEntry) -> None:
         """Refuse a run that does not belong on this ledger.
@@ -307,9 +315,7 @@ def entry_from(record: Mapping[str, Any]) -> LedgerEntry:
     """The run that a "reserve" line begins."""
     if record["unit"] not in UNITS:
         raise ValueError(f"unit is {record['unit']!r}, but it must be one of {', '.join(UNITS)}.")
-    planned = checked_count("planned_steps", record["planned_steps"])
-    if planned > _MOST_STEPS:
-        raise ValueError(f"planned_steps is {planned}, above {_MOST_STEPS}: plan fewer steps.")
+    planned = checked_steps("planned_steps", record["planned_steps"])
     step = event_from_dict(record["step_event"])
     leaves(step)
     entry = LedgerEntry(
@@ -327,8 +333,11 @@ def entry_from(record: Mapping[str, Any]) -> LedgerEntry:
         not_private=_tuple(record["not_private"]),
         artifacts=_texts(record["artifacts"]),
     )
-    if not isinstance(entry.entry_id, str) or not entry.entry_id:
-        raise ValueError(f"entry is {entry.entry_id!r}, but it must be a name")
+    if not isinstance(entry.entry_id, str) or not re.fullmatch(r"[0-9a-f]{32}", entry.entry_id):
+        raise ValueError(f"entry is {entry.entry_id!r}, but it must be 32 hexadecimal digits")
+    size = entry.facts.get("num_patients", 1)
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ValueError(f"num_patients is {size!r} among the facts, but it must be a whole number")
     return replace(entry, granted=_granted(record["granted"], entry))
 
 
@@ -352,6 +361,7 @@ def _texts(values: Mapping[str, Any]) -> dict[str, str]:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is no text")
+    value.encode()  # half of a character, which no file can hold, is a ValueError
     return value
 
 

@@ -61,6 +61,22 @@ def checked_count(name: str, value: SupportsIndex) -> int:
     return number
 
 
+def checked_steps(name: str, value: SupportsIndex) -> int:
+    """The same, and at most a billion: nobody trains so long, and larger counts overflow the accountants."""
+    number = checked_count(name, value)
+    if number > 10**9:
+        raise ValueError(f"{name} is above {10**9}: plan fewer steps.")
+    return number
+
+
+def checked_noise(name: str, value: float) -> float:
+    """The same as checked_positive, and within what the accountants can square."""
+    number = checked_positive(name, value)
+    if not 1e-160 <= number <= 1e150:
+        raise ValueError(f"{name} is {value}, but only numbers between 1e-160 and 1e150 can be accounted for.")
+    return number
+
+
 def checked_number(name: str, value: float) -> float:
     """Return ``value`` as a float, infinite or NaN as it may be, or raise ValueError where it is no number."""
     if isinstance(value, bool) or (not isinstance(value, (int, float)) and not hasattr(value, "__float__")):

@@ -43,14 +43,25 @@ class PrivacyReportHandler:
             )
         # Each epoch: a run that dies leaves checkpoints, and beside them a report that says which ledger line it knew.
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
-        engine.add_event_handler(Events.COMPLETED, self)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def __call__(self, engine: DPSupervisedTrainer) -> None:
         """
         Args:
             engine: a :class:`DPSupervisedTrainer`.
         """
+        self._write(engine, html=False)
+
+    def finish(self, engine: DPSupervisedTrainer) -> None:
+        """Commit the run's entry, so that the report names the model, and write the page for people as well.
+
+        Args:
+            engine: a :class:`DPSupervisedTrainer`.
+        """
+        engine.end_ledger_entry()
+        # At the end alone: its pictures take longer than a small epoch.
+        self._write(engine, html=True)
+
+    def _write(self, engine: DPSupervisedTrainer, *, html: bool) -> None:
         if engine.state.rank == 0:
-            # The page for people at the end alone: its pictures take longer than a small epoch.
-            ends = engine.last_event_name == Events.COMPLETED
-            PrivacyReport.from_ledger(engine.ledger).write(self.output_dir, html=ends)
+            PrivacyReport.from_ledger(engine.ledger).write(self.output_dir, html=html)

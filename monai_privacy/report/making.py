@@ -99,6 +99,8 @@ def _numbers(state: LedgerState, entries: tuple[LedgerEntry, ...], delta: float)
     """What is claimed; nothing where nothing holds."""
     bounds = state.bounds(delta)
     refused = tuple(dict.fromkeys(reason for entry in entries for reason in entry.not_private))
+    if not refused and math.isinf(state.epsilon(delta)) and state.adaptive:
+        refused = ("more was released or reserved than the budget's filter lets through",)
     if refused or not math.isfinite(bounds.epsilon):
         reasons = refused or ("no accountant finds a finite ε for what was released",)
         return {
@@ -130,8 +132,11 @@ def _numbers(state: LedgerState, entries: tuple[LedgerEntry, ...], delta: float)
         "accountant": accountant,
         "bounds": found,
         "epsilon_reserved": finite(reserved),
-        "without_amplification": _largest(accountants.epsilon_without_amplification(event, delta) for event in events),
-        "other_units": _other_units(events, delta, entries[0].unit),
+        # Of what was released, which bounds nothing where runs may have been chosen by it.
+        "without_amplification": None
+        if state.adaptive
+        else _largest(accountants.epsilon_without_amplification(event, delta) for event in events),
+        "other_units": {} if state.adaptive else _other_units(events, delta, entries[0].unit),
         "risk": {f"{rate:g}": true for rate, true in curve if rate in (0.001, 0.01)},
         "risk_curve": curve,
     }
@@ -139,10 +144,17 @@ def _numbers(state: LedgerState, entries: tuple[LedgerEntry, ...], delta: float)
 
 def _status(state: LedgerState, entries: tuple[LedgerEntry, ...], delta: float) -> tuple[str, tuple[str, ...]]:
     registered = state.cohort.num_units if state.cohort is not None else None
-    sizes = [int(entry.facts.get("num_patients", 1)) for entry in entries] + ([registered] if registered else [])
+    known = [registered, *(entry.facts.get("num_patients") for entry in entries)]
+    sizes = [size for size in known if isinstance(size, int) and not isinstance(size, bool)]
     if any(delta * size >= 1 for size in sizes):
         return DELTA_TOO_LARGE, (f"delta is {delta:g}, at or above 1 / number of units",)
     reasons = []
+    if not state.within_budget():
+        reasons.append("more was released or reserved than the budget allows")
+    if not sizes:
+        reasons.append(
+            "how many units there are is not known, so nobody checked that delta is well below 1 / number of units"
+        )
     unnoised = tuple(dict.fromkeys(item for entry in entries for item in entry.unnoised))
     alone = any(item.startswith("training") for item in unnoised)
     if alone:

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from monai_privacy.report.numbers import rounded_up, rounded_up_percent
@@ -31,7 +32,12 @@ def markdown(report: PrivacyReport) -> str:
     if report.begun:
         lines += ["", f"Begun, with no step recorded and so nothing released: {_names(report.begun)}."]
     for number, entry in enumerate(report.entries, 1):
-        lines += ["", f"## Run {number}: {_safe(entry.purpose) or entry.entry_id[:8]}", "", *table(entry_rows(entry))]
+        lines += [
+            "",
+            f"## Run {number}: {_safe(entry.purpose) or _safe(entry.entry_id[:8])}",
+            "",
+            *table(entry_rows(entry)),
+        ]
     lines += ["", "## What left without noise", "", *_bullets(unnoised(report), "nothing that the trainer was given")]
     lines += ["", "## What the claim rests on", "", *_bullets(assumptions(report), "nothing beyond the mechanism")]
     lines += ["", "## What it does not protect", "", *_bullets(report.not_covered, "")]
@@ -47,7 +53,7 @@ def claim_rows(report: PrivacyReport) -> list[tuple[str, str]]:
         ("δ", f"{report.delta:g}"),
         ("accountant", report.accountant or "none"),
         ("upper bounds", ", ".join(f"{_bound(name)} {say(value)}" for name, value in report.bounds.items())),
-        ("ε without amplification (draws seen, or shuffled)", say(report.without_amplification)),
+        ("ε without amplification, as of a loader that shuffles", say(report.without_amplification)),
     ]
     rows += [(f"ε, {name}", say(value)) for name, value in report.other_units.items()]
     rows += [
@@ -97,7 +103,8 @@ def assumptions(report: PrivacyReport) -> list[str]:
 def made_from(report: PrivacyReport, quote: str = "") -> str:
     """Which state of which ledger, by which versions."""
     made_by = ", ".join(f"{name} {number}" for name, number in report.versions.items())
-    state = f"{quote}{report.ledger}{quote} as of line {report.ledger_lines} (SHA-256 {report.ledger_hash[:16]})"
+    name = _safe(report.ledger) if quote else report.ledger
+    state = f"{quote}{name}{quote} as of line {report.ledger_lines} (SHA-256 {report.ledger_hash[:16]})"
     return f"Made from {state} by {made_by}."
 
 
@@ -125,5 +132,6 @@ def _bullets(items: Sequence[str] | Mapping[str, None], otherwise: str) -> list[
 
 
 def _safe(text: str) -> str:
-    """A text from a ledger must not write into the page: no new line, column or tag."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """A text from a ledger must not write into the page: no new line, column, tag, link or picture."""
+    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\`*\[\]|!])", r"\\\1", plain)

@@ -80,7 +80,7 @@ class PrivacyReport:
         bounds: all valid bounds; None where nothing holds.
         budget: what the cohort may spend, where a budget was set.
         epsilon_reserved: ε of what was released and what open runs may still release.
-        without_amplification: ε where the draws were no secret, or the loader shuffled.
+        without_amplification: ε for a loader that shuffled instead of drawing; None for adaptive budgets.
         other_units: ε for one image of a patient, or for patients with several images, by name.
         risk: the best attacker's true-positive rate at false-positive rates of 0.1 % and 1 %.
         risk_curve: the same at many, as pairs of false- and true-positive rate.

@@ -73,7 +73,7 @@ LEAVES = SIMPLE | TUNED
 EVENTS = st.recursive(
     LEAVES,
     lambda inner: (
-        st.builds(SelfComposedDpEvent, inner, st.integers(1, 10**9))
+        st.builds(SelfComposedDpEvent, inner, st.integers(1, 500))
         | st.lists(inner, min_size=1, max_size=3).map(ComposedDpEvent)
     ),
     max_leaves=6,

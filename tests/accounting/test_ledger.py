@@ -464,8 +464,10 @@ def test_two_processes_killed_at_any_point_never_overspend(tmp_path: Path, fork:
         reserved = book.state.epsilon(budget.delta, reserved=True)
         for entry in open_runs:
             (book.commit if entry.steps else book.void)(entry.entry_id)
-        assert not open_runs or book.state.epsilon(budget.delta, reserved=True) < reserved
-    assert acknowledged > 400
+        assert book.state.epsilon(budget.delta, reserved=True) == book.epsilon(budget.delta) <= reserved
+        if any(entry.steps_left for entry in open_runs):
+            assert book.epsilon(budget.delta) < reserved
+    assert acknowledged > 100
 
 
 # --- several writers

@@ -257,6 +257,8 @@ def test_private_training_stays_below_its_epsilon_and_reports_it(private, data):
     assert (private.folder / "privacy_report.md").read_text(encoding="utf-8") == recomputed.to_markdown()
     report = json.loads((private.folder / "privacy_report.json").read_text(encoding="utf-8"))
     assert report == json.loads(recomputed.to_json())
+    assert report["entries"][0]["state"] == "committed"
+    assert set(report["entries"][0]["artifacts"]) == {"code", "model"}
     assert 0.95 * TARGET_EPSILON < report["epsilon"] <= TARGET_EPSILON
     assert (report["unit"], report["delta"], report["status"]) == ("patient", DELTA, "formal, with assumptions")
     assert report["budget"] == {"epsilon": TARGET_EPSILON, "delta": DELTA}
