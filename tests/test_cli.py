@@ -200,6 +200,18 @@ def test_ledger_status_says_what_was_spent_by_whom(ledger):
     )
 
 
+def test_texts_with_brackets_are_shown_as_they_are(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    call("ledger", "register", path, "--cohort", "A [/b] [red]x[/red]", "--epsilon", 8, "--delta", 1e-3)
+    plan = DPSGDPlan(num_patients=100, expected_batch_size=10, steps=5, delta=1e-3, noise_multiplier=1.0)
+    book = PrivacyLedger(path)
+    book.reserve(step=plan.step_event, planned_steps=5, delta=1e-3, unit="patient", purpose="see [/data/run1]")
+    done = call("ledger", "status", path)
+    assert done.returncode == 0, done.stderr
+    assert "A [/b] [red]x[/red]" in done.stdout
+    assert "see [/data/run1]" in done.stdout
+
+
 def test_ledger_what_if_has_an_exit_code_for_no(ledger):
     run = ["ledger", "what-if", ledger, "--num-patients", 100, "--expected-batch-size", 10, "--steps", 20]
     before = ledger.read_bytes()
@@ -296,6 +308,9 @@ def test_a_ledger_that_is_not_there_is_not_made(tmp_path, command):
         ({"steps": 0}, "steps is 0"),
         ({"noise-multiplier": 0}, "noise_multiplier is 0.0"),
         ({"noise-multiplier": "nan"}, "noise_multiplier is nan"),
+        ({"noise-multiplier": "1e-200"}, "noise_multiplier is 1e-200"),
+        ({"noise-multiplier": "1e200"}, "noise_multiplier is 1e+200"),
+        ({"steps": 10**20}, "steps is above 1000000000"),
         ({"delta": 2}, "delta is 2.0"),
     ],
 )
