@@ -74,7 +74,8 @@ class PrivacyProgressHandler:
         spent = ""
         if isinstance(engine, DPSupervisedTrainer):
             epsilon = f"ε {rounded_up(engine.ledger.epsilon(engine.plan.delta), 2)}"
-            self._progress.update(self._task, spent=f"{epsilon} after epoch {engine.state.epoch}")
+            # At once: on a busy machine a short epoch would otherwise pass between two pictures of the bar.
+            self._progress.update(self._task, spent=f"{epsilon} after epoch {engine.state.epoch}", refresh=True)
             spent = f"{epsilon} at δ {engine.plan.delta:g}"
         if not self._console.is_terminal:
             line = f"{self.description}: epoch {engine.state.epoch}/{engine.state.max_epochs}  {spent}".rstrip()
