@@ -105,9 +105,9 @@ class LedgerConduct:
 
     def end(self, entry_id: str, network: nn.Module) -> None:
         """Say that the run has ended and what came out, so that steps that it did not use are free again."""
-        self._group.first_does(lambda: self._end(entry_id, network))
-
-    def _end(self, entry_id: str, network: nn.Module) -> None:
+        # The first process alone, and nobody waits for it: a handler that only it has may call this as well.
+        if not self._group.is_first:
+            return
         entry = self._ledger.entry(entry_id)
         if entry.state == "reserved" and entry.steps:
             self._ledger.commit(entry_id, artifacts={"model": network_digest(network)})

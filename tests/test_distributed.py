@@ -132,3 +132,24 @@ def test_refusals_reach_every_process(tmp_path):
     for rank in (0, 1):
         assert (tmp_path / f"refused{rank}.txt").read_text().startswith("the 2 processes have different datasets")
         assert "is spent" in (tmp_path / f"budget{rank}.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_report_that_only_the_first_process_writes_holds_nobody_up(tmp_path):
+    run_two(
+        """
+        from monai_privacy import PrivacyReportHandler
+        network = DistributedDataParallel(make_network())
+        plan = DPSGDPlan(num_patients=20, expected_batch_size=5, steps=4, delta=1e-3, noise_multiplier=1.5)
+        trainer = make_trainer(folder / "ledger", network=network, plan=plan, max_epochs=1)
+        if rank == 0:
+            PrivacyReportHandler(str(folder / "report")).attach(trainer)
+        trainer.run()
+        dist.barrier()
+        """,
+        tmp_path,
+    )
+    (entry,) = PrivacyLedger(tmp_path / "ledger").entries
+    assert (entry.state, entry.steps) == ("committed", 4)
+    assert "model" in entry.artifacts
+    assert "committed" in (tmp_path / "report" / "privacy_report.md").read_text(encoding="utf-8")
