@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         dpsgd_event,
         epsilon,
     )
+    from monai_privacy.bundle import DPConfigWorkflow
     from monai_privacy.data import PoissonPatientSampler, count_patients, poisson_loader
     from monai_privacy.engines import DPSupervisedTrainer
     from monai_privacy.handlers import PrivacyAccountingHandler, PrivacyProgressHandler, PrivacyReportHandler
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 # Loaded when first asked for: the command line and the ledger need no torch.
 _HOME = {
+    "DPConfigWorkflow": "bundle",
     "DPSGDPlan": "plan",
     "DPSupervisedTrainer": "engines",
     "GradientClipper": "mechanisms",
@@ -62,6 +64,7 @@ _HOME = {
 }
 
 __all__ = [
+    "DPConfigWorkflow",
     "DPSGDPlan",
     "DPSupervisedTrainer",
     "GradientClipper",

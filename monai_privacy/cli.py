@@ -26,6 +26,7 @@ from rich.console import Console
 
 from monai_privacy import __version__
 from monai_privacy.accounting import LedgerState, PrivacyBudget, calibrate_batch_size, calibrate_steps
+from monai_privacy.bundle_cli import check, overlay
 from monai_privacy.errors import user_message
 from monai_privacy.ledger_cli import NO
 from monai_privacy.ledger_cli import app as ledger_app
@@ -44,6 +45,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(ledger_app, name="ledger")
+app.command()(check)
+app.command()(overlay)
 
 Patients = Annotated[int, typer.Option(help="Number of patients in training; public.")]
 Delta = Annotated[float, typer.Option(help="The δ of the guarantee, well below 1 / number of patients.")]
@@ -157,23 +160,35 @@ def verify(
 
 @app.command()
 def prepare(
-    data: Annotated[Path, typer.Argument(help="Where the chest X-rays lie; see the demo's --data for the layouts.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Where the images lie: chest X-rays (see the demo's --data), or a folder of CT with a CSV."
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="The bundle's dataset_dir: datalist.json is written into it.")],
+    ct: Annotated[bool, typer.Option("--ct", help="CT volumes: DICOM series or NIfTI, and one CSV.")] = False,
+    label_column: Annotated[str | None, typer.Option(help="With --ct: the CSV's column of labels, 0 or 1.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="With --ct: stop at the first unreadable file.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the split by patient.")] = 0,
     test_fraction: Annotated[float, typer.Option(help="Share of the patients for testing.")] = 0.2,
     validation_fraction: Annotated[float, typer.Option(help="Share of the patients for validation.")] = 0.1,
 ) -> None:
-    """Read chest X-rays and write the datalist of a bundle, split by patient."""
+    """Read chest X-rays or CT volumes and write the datalist of a bundle, split by patient."""
     _require_exists(data)
-    from monai_privacy.data import read_chest_xrays, write_datalist
+    if not ct and (strict or label_column is not None):
+        raise ValueError("--strict and --label-column go with --ct: add it, or leave them out.")
+    from monai_privacy.data import read_chest_xrays, read_ct_volumes, write_datalist
 
-    source = read_chest_xrays(data)
+    source = read_ct_volumes(data, label_column=label_column, strict=strict) if ct else read_chest_xrays(data)
+    for notice in source.notices:
+        print(f"notice: {notice}", file=sys.stderr)
     path = write_datalist(
         source, folder, seed=seed, test_fraction=test_fraction, validation_fraction=validation_fraction
     )
     counts = json.loads(path.read_text(encoding="utf-8"))["num_patients"]
     shares = ", ".join(f"{count} for {name}" for name, count in counts.items())
-    kind = "SYNTHETIC images" if source.synthetic else "images"
+    kind = ("SYNTHETIC " if source.synthetic else "") + ("volumes" if ct else "images")
     print(f"{path}: {len(source.records)} {kind}; {source.unit}s: {shares}")
     if source.unit == "image":
         print("warning: no patient ids, so only single images can be protected: --unit image", file=sys.stderr)

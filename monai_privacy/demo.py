@@ -33,7 +33,7 @@ from rich.table import Table
 from monai_privacy.accounting import PrivacyBudget, PrivacyLedger
 from monai_privacy.accounting.values import checked_count
 from monai_privacy.bundle import Scores, score_bundle, train_bundle
-from monai_privacy.data import ChestXRaySource, read_chest_xrays, write_datalist, write_synthetic_chest_xrays
+from monai_privacy.data import ImageSource, read_chest_xrays, write_datalist, write_synthetic_chest_xrays
 from monai_privacy.figures import save_training_figure
 from monai_privacy.handlers import PrivacyProgressHandler
 from monai_privacy.plan import DPSGDPlan
@@ -180,7 +180,7 @@ def _write_synthetic(folder: Path, seed: int, console: Console) -> Path:
     return write_synthetic_chest_xrays(folder / "synthetic", num_patients=_SYNTHETIC_PATIENTS, seed=seed)
 
 
-def _read(data: Path, console: Console) -> ChestXRaySource:
+def _read(data: Path, console: Console) -> ImageSource:
     source = read_chest_xrays(data)
     if source.unit == "image":
         console.print(
@@ -190,7 +190,7 @@ def _read(data: Path, console: Console) -> ChestXRaySource:
     return source
 
 
-def _kind(source: ChestXRaySource) -> str:
+def _kind(source: ImageSource) -> str:
     return "SYNTHETIC images" if source.synthetic else "images"
 
 
@@ -243,7 +243,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _summary(
-    source: ChestXRaySource, plain: Scores, protected: Scores, ledger: PrivacyLedger, delta: float
+    source: ImageSource, plain: Scores, protected: Scores, ledger: PrivacyLedger, delta: float
 ) -> dict[str, Any]:
     return {
         "synthetic": source.synthetic,
@@ -259,7 +259,7 @@ def _summary(
 
 
 def _show(
-    result: dict[str, Any], source: ChestXRaySource, folder: Path, figure: Path, ledger: Path, console: Console
+    result: dict[str, Any], source: ImageSource, folder: Path, figure: Path, ledger: Path, console: Console
 ) -> None:
     # Not the table's own title: it is broken at the table's width.
     tested = f"{result['test_images']} {_kind(source)} of held-out {source.unit}s"

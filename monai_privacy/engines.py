@@ -196,7 +196,10 @@ class DPSupervisedTrainer(SupervisedTrainer):
             purpose=purpose,
             artifacts={"code": code_digest(), **file_digests(config_files)},
             unnoised=unnoised_by(handlers, release_train_statistics),
-            assumptions=(*assumptions_of(plan, plain, loss_function, handlers), *assumptions),
+            assumptions=(
+                *assumptions_of(plan, plain, loss_function, handlers, train_data_loader.dataset),  # type: ignore[union-attr]
+                *assumptions,
+            ),
             not_private=() if self._noise.is_secret else ("insecure_seed was set: the noise can be repeated",),
         )
         self._probed = False

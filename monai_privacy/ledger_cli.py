@@ -33,9 +33,8 @@ from monai_privacy.accounting import (
     LedgerEntry,
     LedgerState,
     PrivacyBudget,
-    PrivacyBudgetError,
     PrivacyLedger,
-    calibrate_noise_multiplier,
+    calibrate_noise_for_ledger,
     dpsgd_event,
     event_to_dict,
 )
@@ -152,7 +151,7 @@ def what_if(
         noise_multiplier=noise_multiplier,
     )
     if noise_multiplier is None:
-        noise_multiplier = _noise_that_fits(book, plan.sample_rate, steps)
+        noise_multiplier = calibrate_noise_for_ledger(book, sample_rate=plan.sample_rate, steps=steps)
     event = dpsgd_event(sample_rate=plan.sample_rate, noise_multiplier=noise_multiplier).event
     found = book.what_if(event, steps, delta=delta)
     fits = found.steps_that_fit >= steps
@@ -167,43 +166,6 @@ def what_if(
         )
     if not fits:
         raise typer.Exit(NO)
-
-
-def _noise_that_fits(book: PrivacyLedger, sample_rate: float, steps: int) -> float:
-    if book.budget is None:
-        raise ValueError(f"{book.path} has no budget, so any run fits. Give --noise-multiplier.")
-    if book.state.adaptive:
-        return _noise_through_filter(book, sample_rate, steps)
-    return max(
-        calibrate_noise_multiplier(
-            epsilon=book.budget.epsilon, delta=book.budget.delta, sample_rate=sample_rate, steps=steps, spent=spent
-        )
-        for spent in book.state.events(reserved=True)
-    )
-
-
-def _noise_through_filter(book: PrivacyLedger, sample_rate: float, steps: int) -> float:
-    """The least noise, to 0.1 %, that an adaptive budget lets through for all steps."""
-
-    unit = book.cohort.unit if book.cohort else "patient"
-
-    def fits(sigma: float) -> bool:
-        event = dpsgd_event(sample_rate=sample_rate, noise_multiplier=sigma).event
-        try:
-            book.require_room(step=event, planned_steps=steps, unit=unit)
-        except PrivacyBudgetError:
-            return False
-        return True
-
-    low, high = 0.05, 0.1
-    while not fits(high):
-        low, high = high, high * 2
-        if high > 1e5:
-            raise ValueError(f"the budget of {book.path} is spent: no noise makes room for {steps} steps.")
-    while high > low * 1.001:
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return math.ceil(high * 1e4) / 1e4
 
 
 @app.command()

@@ -162,3 +162,27 @@ class DPSGDPlan:
                 "noise_multiplier is None: the plan has no noise yet. Call plan.calibrate(epsilon=...) or give one."
             )
         return self.noise_multiplier
+
+
+def calibrated_plan(
+    *,
+    epsilon: float,
+    num_patients: int,
+    expected_batch_size: int,
+    epochs: int,
+    delta: float,
+    max_grad_norm: float = 1.0,
+    unit: str = "patient",
+) -> DPSGDPlan:
+    """A plan of ``epochs`` epochs with the least noise that stays below ``epsilon``, in one call, for config files.
+
+    See :class:`DPSGDPlan` for the arguments, and :meth:`DPSGDPlan.calibrate`.
+    """
+    return DPSGDPlan.for_epochs(
+        num_patients=num_patients,
+        expected_batch_size=expected_batch_size,
+        epochs=epochs,
+        delta=delta,
+        max_grad_norm=max_grad_norm,
+        unit=unit,
+    ).calibrate(epsilon=epsilon)

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from monai.engines.utils import PrepareBatchDefault, PrepareBatchExtraInput, default_prepare_batch
 from monai.handlers import ValidationHandler
+from monai.transforms import NormalizeIntensity
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from monai_privacy.data.loading import units_of
+from monai_privacy.data.loading import transforms_of, units_of
 from monai_privacy.mechanisms.losses import RowLoss
 from monai_privacy.mechanisms.probe import require_independent_rows
 from monai_privacy.networks import FoldedBatchNorm, find_updated_buffers
@@ -126,7 +127,7 @@ def unnoised_by(handlers: Any, release_train_statistics: bool) -> tuple[str, ...
 
 
 def assumptions_of(
-    plan: DPSGDPlan, network: nn.Module, loss_function: Callable[..., Any], handlers: Any
+    plan: DPSGDPlan, network: nn.Module, loss_function: Callable[..., Any], handlers: Any, dataset: Any = None
 ) -> tuple[str, ...]:
     """What the claim of a run rests on besides its mechanism, in words."""
     found = [
@@ -144,7 +145,19 @@ def assumptions_of(
         found.append("the batch-norm statistics that were folded into the network are public")
     if any(getattr(loss_function, name, None) is not None for name in ("weight", "pos_weight", "class_weight")):
         found.append("the class weights in the loss are public")
+    fixed = sorted({name for transform in transforms_of(dataset) for name in _fixed_statistics(transform)})
+    if fixed:
+        found.append(f"the numbers of {', '.join(fixed)} were not computed from the training {plan.unit}s")
     return tuple(found)
+
+
+def _fixed_statistics(transform: Any) -> Iterator[str]:
+    """Names of the transforms, at any depth, whose numbers may be those of somebody's images."""
+    for inner in getattr(transform, "transforms", ()):
+        yield from _fixed_statistics(inner)
+    own = getattr(transform, "normalizer", transform)
+    if isinstance(own, NormalizeIntensity) and (own.subtrahend is not None or own.divisor is not None):
+        yield type(transform).__name__
 
 
 def refuse_validation_on_training_patients(handlers: Any, units: Sequence[str], unit: str, patient_key: str) -> None:

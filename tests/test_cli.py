@@ -13,61 +13,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
 import subprocess
 import sys
-import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import yaml
+from command_line import Done, assert_one_line, call
 
 from monai_privacy import DPSGDPlan, PrivacyLedger
-from monai_privacy.accounting import LedgerState
-from monai_privacy.cli import main
+from monai_privacy.accounting import LedgerState, dpsgd_event
 from monai_privacy.data import write_synthetic_chest_xrays
 from monai_privacy.errors import user_message
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a call printed and its exit code."""
-
-    stdout: str
-    stderr: str
-    returncode: int
-
-
-def call(*arguments: object) -> Done:
-    """Run the command line as a user does, but in this process: starting torch takes seconds."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with (
-        mock.patch.object(sys, "argv", ["monai_privacy", *map(str, arguments)]),
-        mock.patch.dict(os.environ, COLUMNS="120"),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        warnings.catch_warnings(),
-    ):
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return Done(out.getvalue(), err.getvalue(), code)
-
-
-def assert_one_line(done: Done, message: str) -> None:
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    assert message in errors[0]
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +289,11 @@ def test_ids_in_another_encoding_give_one_line(tmp_path):
     assert_one_line(call(*new, "--ids", tmp_path / "ids.txt"), "is no UTF-8 text")
     (tmp_path / "ids.txt").write_bytes("\ufeffMüller\r\nMeier\r\n".encode())
     assert json.loads(call(*new, "--ids", tmp_path / "ids.txt", "--json").stdout)["num_units"] == 2
-    assert PrivacyLedger(tmp_path / "new.jsonl")._checked_members("patient", ["Müller", "Meier"], None) == "checked"
+    step = dpsgd_event(sample_rate=0.1, noise_multiplier=5.0).event
+    book, run = PrivacyLedger(tmp_path / "new.jsonl"), {"step": step, "planned_steps": 1, "unit": "patient"}
+    assert book.require_room(**run, ids=["Müller", "Meier"]) == 1
+    with pytest.raises(ValueError, match="not in the cohort"):
+        book.require_room(**run, ids=["Müller", "Stranger"])
 
 
 def test_bad_registrations_give_one_line(tmp_path, ledger):

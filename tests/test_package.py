@@ -38,6 +38,7 @@ LAYERS = [
     ["figures", "errors", "bundle"],
     ["demo"],
     ["ledger_cli"],
+    ["bundle_cli"],
     ["cli"],
     ["__main__", "__init__"],
 ]

@@ -29,6 +29,7 @@ from monai_privacy.accounting.events import (
     vote_threshold_event,
 )
 from monai_privacy.accounting.ledger import PrivacyLedger, WhatIf
+from monai_privacy.accounting.ledger_calibration import calibrate_noise_for_ledger
 from monai_privacy.accounting.ledger_file import LedgerError
 from monai_privacy.accounting.ledger_state import LedgerEntry, LedgerState
 from monai_privacy.accounting.risk import true_positive_rates
@@ -46,6 +47,7 @@ __all__ = [
     "WhatIf",
     "affordable_steps",
     "calibrate_batch_size",
+    "calibrate_noise_for_ledger",
     "calibrate_noise_multiplier",
     "calibrate_steps",
     "capped_images_event",

@@ -30,6 +30,7 @@ from monai_privacy.accounting.event_json import event_to_dict
 from monai_privacy.accounting.filters import filter_order
 from monai_privacy.accounting.ledger_file import LedgerError, LedgerFile
 from monai_privacy.accounting.ledger_state import FORMAT, LedgerEntry, LedgerState, entry_from
+from monai_privacy.accounting.membership import checked_members, ids_of_part
 from monai_privacy.accounting.values import (
     PrivacyBudget,
     PrivacyBudgetError,
@@ -233,7 +234,7 @@ class PrivacyLedger:
             PrivacyBudgetError: where they do not fit the budget, as no step does of a run that is not private.
             ValueError: for values out of range, another unit than before, or ids that the cohort does not have.
         """
-        members = self._checked_members(unit, ids, partition)
+        members = checked_members(self.path, self.cohort, unit, ids, partition)
         record = {
             "kind": "reserve",
             "entry": uuid.uuid4().hex,
@@ -278,7 +279,7 @@ class PrivacyLedger:
             ValueError: for another unit than before, or ids that the cohort does not have.
         """
         self._sync()
-        self._checked_members(unit, ids, partition)
+        checked_members(self.path, self.cohort, unit, ids, partition)
         planned = checked_count("planned_steps", planned_steps)
         run = LedgerEntry("", unit, step, planned, delta=0.5, partition=partition, not_private=not_private)
         return self._room(run, fewest_steps)
@@ -410,40 +411,11 @@ class PrivacyLedger:
                 "a run keeps its part. Resume with that part, or begin a new run."
             )
         if entry.members == "checked":
-            self._checked_members(entry.unit, ids, partition)
-
-    def _checked_members(self, unit: str, ids: Iterable[str] | None, partition: int | None) -> str:
-        cohort = self.cohort
-        if ids is None or cohort is None or cohort.digest is None or cohort.unit != unit:
-            if partition is not None:
-                raise ValueError(
-                    f"partition is {partition}, but the ids of the run are not known, or no cohort is registered here to "
-                    "check them against. Give ids, on a registered cohort."
-                )
-            return "not checked"
-        known = list(dict.fromkeys(str(value) for value in ids))
-        if not known:
-            raise ValueError(f"ids are empty: a run on no {unit} cannot be checked. Give the ids of its {unit}s.")
-        hidden = CohortSecrets(self.path)
-        strangers = hidden.strangers(known, cohort.digest)
-        if strangers:
-            raise ValueError(
-                f"{strangers} of {len(known)} {unit}s are not in the cohort {cohort.name!r} that {self.path} was registered "
-                f"for: their loss would be on no ledger. Take the ledger of these {unit}s, or register their cohort."
-            )
-        if partition is not None and set(hidden.partitions_of(known, cohort.partitions).values()) - {partition}:
-            raise ValueError(
-                f"partition is {partition}, but some {unit}s belong to other parts of {cohort.name!r}. Choose them with "
-                "partition_ids."
-            )
-        return "checked"
+            checked_members(self.path, self.cohort, entry.unit, ids, partition)
 
     def partition_ids(self, ids: Iterable[str], partition: int) -> list[str]:
         """Those of ``ids`` that belong to a part of the cohort, counted from 0."""
-        if self.cohort is None or self.cohort.partitions == 1:
-            raise ValueError(f"{self.path} has no partitions. Register the cohort with a number of them.")
-        parts = CohortSecrets(self.path).partitions_of(ids, self.cohort.partitions)
-        return [name for name, part in parts.items() if part == partition]
+        return ids_of_part(self.path, self.cohort, ids, partition)
 
     def _known(self, entry_id: str) -> LedgerEntry:
         entry = self._state.get(entry_id)

@@ -13,27 +13,45 @@
 
 from __future__ import annotations
 
-from monai_privacy.data.chest_xray import ChestXRaySource, count_patients, read_chest_xrays
+from monai_privacy.data.chest_xray import read_chest_xrays
 from monai_privacy.data.chest_xray_transforms import LoadChestXRay, LoadChestXRayd
+from monai_privacy.data.ct import read_ct_volumes
+from monai_privacy.data.ct_transforms import CropAroundFinding, CropAroundFindingd, LoadCT, LoadCTd, RepeatViewsd
 from monai_privacy.data.datalist import bundle_records, write_datalist
+from monai_privacy.data.dicom_series import CTSeries, CTTree, read_ct_series
 from monai_privacy.data.loading import LogicalBatch, count_units, poisson_loader, units_of
+from monai_privacy.data.patients import with_patient_ids
 from monai_privacy.data.sampling import PoissonPatientSampler
+from monai_privacy.data.source import ImageSource, count_patients
 from monai_privacy.data.splits import split_patients
 from monai_privacy.data.synthetic import write_synthetic_chest_xrays
+from monai_privacy.data.synthetic_ct import SyntheticNodules, write_synthetic_ct
 
 __all__ = [
-    "ChestXRaySource",
+    "CTSeries",
+    "CTTree",
+    "CropAroundFinding",
+    "CropAroundFindingd",
+    "ImageSource",
+    "LoadCT",
+    "LoadCTd",
     "LoadChestXRay",
     "LoadChestXRayd",
     "LogicalBatch",
     "PoissonPatientSampler",
+    "RepeatViewsd",
+    "SyntheticNodules",
     "bundle_records",
     "count_patients",
     "count_units",
     "poisson_loader",
     "read_chest_xrays",
+    "read_ct_series",
+    "read_ct_volumes",
     "split_patients",
     "units_of",
+    "with_patient_ids",
     "write_datalist",
     "write_synthetic_chest_xrays",
+    "write_synthetic_ct",
 ]

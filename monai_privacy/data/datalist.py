@@ -26,14 +26,14 @@ import numpy as np
 from monai.data import load_decathlon_datalist
 from PIL import Image
 
-from monai_privacy.data.chest_xray import ChestXRaySource, Record, count_patients
+from monai_privacy.data.source import ImageSource, Record, count_patients
 from monai_privacy.data.splits import split_patients
 
 _DATALIST_SPLIT = {"train": "training", "val": "validation", "test": "test"}
 
 
 def write_datalist(
-    source: ChestXRaySource,
+    source: ImageSource,
     folder: str | os.PathLike[str],
     *,
     seed: int,
@@ -47,7 +47,7 @@ def write_datalist(
     still as private as the images. Pictures that lie in arrays are written as 8-bit PNG to ``images/``.
 
     Args:
-        source: what ``read_chest_xrays`` returned.
+        source: what ``read_chest_xrays`` or ``read_ct_volumes`` returned.
         folder: made if need be; ``datalist.json`` in it is replaced. Files below it are listed by relative paths, all
             others by absolute ones.
         seed: for ``split_patients``. MedMNIST keeps its official splits instead, whatever seed and fractions are.
@@ -55,9 +55,10 @@ def write_datalist(
         validation_fraction: expected fraction of the patients in ``validation``.
 
     Returns:
-        The path of ``datalist.json``: ``training``, ``validation`` and ``test`` are lists of ``image``, ``label``
-        (int) and, where the source names patients, ``patient_id``; a split of fraction 0 has no list. ``unit`` tells
-        what may be protected, ``num_patients`` how many of those units there are in each split.
+        The path of ``datalist.json``: ``training``, ``validation`` and ``test`` are lists of ``image`` (a list of files
+        for a DICOM series), ``label`` (int) and, where the source names patients, ``patient_id``; a split of fraction 0
+        has no list. ``unit`` tells what may be protected, ``num_patients`` how many of those units there are in each
+        split.
 
     Raises:
         ValueError: for fractions that leave no training set, and if a split lacks one of the classes.
@@ -69,7 +70,7 @@ def write_datalist(
     # image's own number under that name would pass a guarantee for images off as one for patients.
     key = secrets.token_bytes(32) if source.has_patient_ids else None
     datalist: dict[str, Any] = {
-        "name": f"chest X-rays ({source.layout})",
+        "name": f"{source.kind} ({source.layout})",
         "description": f"{' or '.join(source.class_names)}, split by {source.unit}; ids are pseudonyms",
         "synthetic": source.synthetic,
         "unit": source.unit,
@@ -105,11 +106,11 @@ def bundle_records(
     path = Path(datalist_file)
     if not path.is_file():
         raise _stop(
-            f"{path} does not exist: the X-rays are not prepared. "
-            f"Run: python -m monai_privacy prepare <your X-rays> {path.parent}"
+            f"{path} does not exist: the images are not prepared. "
+            f"Run: python -m monai_privacy prepare <your images> {path.parent} (with --ct for CT volumes)"
         )
     if not json.loads(path.read_text(encoding="utf-8")).get(split):
-        raise _stop(f"{path} has no {split} images. Prepare the X-rays with a share of the patients for {split}.")
+        raise _stop(f"{path} has no {split} images. Prepare them with a share of the patients for {split}.")
     records: list[Record] = load_decathlon_datalist(path, data_list_key=split, base_dir=base_dir)
     return records
 
@@ -119,7 +120,7 @@ def _stop(message: str) -> SystemExit:
     return SystemExit(f"error: {message}")
 
 
-def _split(source: ChestXRaySource, seed: int, test: float, validation: float) -> dict[str, Sequence[int]]:
+def _split(source: ImageSource, seed: int, test: float, validation: float) -> dict[str, Sequence[int]]:
     splits: dict[str, Sequence[int]]
     if source.layout == "medmnist":
         # Not Kermany's folders: their train and test hold the same patients (person1_bacteria_1 and person1_virus_6).
@@ -154,13 +155,17 @@ def _fractions(test: float, validation: float) -> dict[str, float]:
 
 def _entry(record: Record, index: int, folder: Path, key: bytes | None) -> Record:
     image = record["image"]
+    listed: str | list[str]
     if isinstance(image, np.ndarray):
-        name = f"images/{index:06d}.png"
+        listed = f"images/{index:06d}.png"
         (folder / "images").mkdir(exist_ok=True)
-        Image.fromarray(image).save(folder / name, compress_level=1)  # thousands of them: speed before size
+        Image.fromarray(image).save(folder / listed, compress_level=1)  # thousands of them: speed before size
+    elif isinstance(image, str):
+        listed = _listed_path(Path(image), folder)
     else:
-        name = _listed_path(Path(image), folder)
-    entry: Record = {"image": name, "label": record["label"]}
+        listed = [_listed_path(Path(one), folder) for one in image]
+    entry: Record = {name: value for name, value in record.items() if name not in ("split", "patient_id")}
+    entry["image"] = listed
     if key is not None:
         entry["patient_id"] = hmac.new(key, record["patient_id"].encode(), hashlib.sha256).hexdigest()[:16]
     return entry

@@ -34,25 +34,26 @@ def image_format(path: str | os.PathLike[str]) -> Literal["raster", "nifti", "di
     return "nifti" if name.endswith(_NIFTI_SUFFIXES) else "dicom"
 
 
-def read_dicom_header(path: str | os.PathLike[str]) -> FileDataset:
+def read_dicom_header(path: str | os.PathLike[str], *, several_frames: bool = False) -> FileDataset:
     """Read a DICOM file up to its pixels, and check without reading them that they are there and can be decoded.
 
     Raises:
-        ValueError: naming the file, if it is no DICOM file, or not one gray or colour picture that can be decoded here.
+        ValueError: naming the file, if it is no DICOM file, or not one gray or colour picture that can be decoded here
+            (or, where asked for, several).
     """
     try:
         with open(path, "rb") as file:
             header = pydicom.dcmread(file, stop_before_pixels=True)
             start, tag = file.tell(), file.read(4)
-        problem = _pixel_problem(Path(path), header, start, tag)
+        problem = _pixel_problem(Path(path), header, start, tag, several_frames)
     except Exception as error:  # pydicom raises many kinds for a damaged file
         problem = one_line(error) or type(error).__name__
     if problem:
-        raise ValueError(f"DICOM file {path} cannot be used: {problem}. Replace the file, or leave it out of the CSV.")
+        raise ValueError(f"DICOM file {path} cannot be used: {problem}. Replace the file, or leave it out.")
     return header
 
 
-def _pixel_problem(path: Path, header: FileDataset, start: int, tag: bytes) -> str | None:
+def _pixel_problem(path: Path, header: FileDataset, start: int, tag: bytes, several_frames: bool) -> str | None:
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax is None:
         return "it names no transfer syntax"
@@ -63,11 +64,11 @@ def _pixel_problem(path: Path, header: FileDataset, start: int, tag: bytes) -> s
     if not has_pixels:
         return "it has no pixel data (a report or a DICOMDIR, perhaps)"
     frames = int(header.get("NumberOfFrames") or 1)
-    if frames != 1:
+    if frames != 1 and not several_frames:
         return f"it has {frames} frames, not one picture"
     if not get_decoder(syntax).is_available:
         return f"no installed package decodes {syntax.name} (install pylibjpeg with its plugins, or gdcm)"
-    bits = header.Rows * header.Columns * header.get("SamplesPerPixel", 1) * header.BitsAllocated
+    bits = header.Rows * header.Columns * header.get("SamplesPerPixel", 1) * header.BitsAllocated * frames
     if not syntax.is_compressed and not syntax.is_deflated and os.path.getsize(path) - start < bits // 8:
         return "it ends before its last pixel"
     return None

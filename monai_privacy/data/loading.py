@@ -243,7 +243,7 @@ class _WithUnits(Dataset):
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[int, Any]]:
         """All samples of a draw: torch's loader asks for them at once, so that the seed is set once a draw."""
         seed = self._seeds()
-        for transform in _transforms_of(self.dataset):
+        for transform in transforms_of(self.dataset):
             set_rnd(transform, seed % 2**32)
         with fresh_randomness(seed):
             return [(int(self._numbers[row]), self._checked(row, self.dataset[row])) for row in rows]
@@ -262,10 +262,10 @@ class _WithUnits(Dataset):
         return sample
 
 
-def _transforms_of(dataset: Any) -> list[Any]:
+def transforms_of(dataset: Any) -> list[Any]:
     found = [getattr(dataset, "transform", None)]
     if isinstance(dataset, Subset):
-        found += _transforms_of(dataset.dataset)
+        found += transforms_of(dataset.dataset)
     return [transform for transform in found if transform is not None]
 
 

@@ -29,7 +29,7 @@ from pydicom.uid import (
 
 from monai_privacy.data.synthetic_drawing import STREAM_IMAGE, Patient, draw_patients, draw_picture
 
-__all__ = ["SYNTHETIC_MARK", "write_synthetic_chest_xrays"]
+__all__ = ["SYNTHETIC_MARK", "says_synthetic", "write_synthetic_chest_xrays"]
 
 #: SeriesDescription and ImageComments of every file begin with this word.
 SYNTHETIC_MARK = "SYNTHETIC"
@@ -102,12 +102,19 @@ def write_synthetic_chest_xrays(
     return target
 
 
+def says_synthetic(header: Dataset) -> bool:
+    """Whether a DICOM header says that its image is one of ours."""
+    # Two fields: "synthetic" alone begins the description of some real series, as "SYNTHETIC MR".
+    fields = (str(header.get(name, "")) for name in ("SeriesDescription", "ImageComments"))
+    return all(field.startswith(SYNTHETIC_MARK) for field in fields)
+
+
 def _dicom(patient: Patient, image: int, size: int, seed: int, rng: np.random.Generator) -> FileDataset:
     """One image as a Digital X-Ray (PA) or Computed Radiography (AP) object."""
     view = "AP" if rng.random() < 0.35 else "PA"
     inverted = rng.random() < _MONOCHROME1_FRACTION
     picture = draw_picture(patient, view, size, rng)
-    dataset = _empty_file(DigitalXRayImageStorageForPresentation if view == "PA" else ComputedRadiographyImageStorage)
+    dataset = empty_file(DigitalXRayImageStorageForPresentation if view == "PA" else ComputedRadiographyImageStorage)
     _describe_patient(dataset, patient, image, seed)
     _describe_image(dataset, view)
     if view == "PA":
@@ -116,7 +123,7 @@ def _dicom(patient: Patient, image: int, size: int, seed: int, rng: np.random.Ge
     return dataset
 
 
-def _empty_file(sop_class: UID) -> FileDataset:
+def empty_file(sop_class: UID) -> FileDataset:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = sop_class
     meta.TransferSyntaxUID = ExplicitVRLittleEndian

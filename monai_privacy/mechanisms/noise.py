@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Protocol
 
 import torch
@@ -26,6 +28,10 @@ from torch import Tensor
 # wait for each other longer than they work.
 _BLOCK = (1 << 16) - 2
 _PRECISION = 1 << 53
+# Coordinates whose noise takes far longer than a thread takes to start.
+_WORTH_A_THREAD = 1 << 19
+
+_Pair = tuple[Tensor, Tensor]
 
 
 class NoiseSource(Protocol):
@@ -73,16 +79,48 @@ def _noised_on_cuda(tensor: Tensor, standard_deviation: float) -> Tensor:
     return (tensor.double() + noise * standard_deviation).to(tensor.dtype)
 
 
-@torch.no_grad()
 def _noised_on_cpu(tensors: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
-    results = []
-    number = sum(tensor.numel() for tensor in tensors)
+    sources = [tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    targets = [torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources]
+    pairs = [(source.reshape(-1), target.view(-1)) for source, target in zip(sources, targets, strict=True)]
+    shares = _shares(pairs, torch.get_num_threads())
+    if len(shares) <= 1:
+        for share in shares:
+            _add_noise(share, standard_deviation)
+    else:
+        # Each share under a key of its own; torch leaves the interpreter free while it computes.
+        with ThreadPoolExecutor(len(shares)) as pool:
+            list(pool.map(_add_noise, shares, repeat(standard_deviation)))
+    return [target.to(tensor) for tensor, target in zip(tensors, targets, strict=True)]
+
+
+def _shares(pairs: Sequence[_Pair], most: int) -> list[list[_Pair]]:
+    """The pairs, cut into as many shares of about the same length as are worth a thread."""
+    number = sum(len(source) for source, _ in pairs)
+    count = max(1, min(most, number // _WORTH_A_THREAD))
+    shares: list[list[_Pair]] = [[] for _ in range(count)]
+    room = -(-number // count)
+    at, filled = 0, 0
+    for source, target in pairs:
+        done = 0
+        while done < len(source):
+            if filled == room:
+                at, filled = at + 1, 0
+            take = min(room - filled, len(source) - done)
+            shares[at].append((source[done : done + take], target[done : done + take]))
+            done, filled = done + take, filled + take
+    return [share for share in shares if share]
+
+
+@torch.no_grad()
+def _add_noise(pairs: Sequence[_Pair], standard_deviation: float) -> None:
+    """Write sources plus noise into targets."""
+    number = sum(len(source) for source, _ in pairs)
     size = min(_BLOCK, number + number % 2)
     blocks = _normal_blocks(size, standard_deviation)
     block, wide = torch.empty(0), torch.empty(size, dtype=torch.float64)
-    for tensor in tensors:
-        source = tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32)).reshape(-1)
-        target, done = torch.empty_like(source), 0
+    for source, target in pairs:
+        done = 0
         while done < len(source):
             if not len(block):
                 block = next(blocks)
@@ -92,8 +130,6 @@ def _noised_on_cpu(tensors: Sequence[Tensor], standard_deviation: float) -> list
             # The second copy is the one rounding, where the gradient is in float32.
             target[part].copy_(wide[:take].copy_(source[part]).add_(noise))
             done += take
-        results.append(target.reshape(tensor.shape).to(tensor))
-    return results
 
 
 def _normal_blocks(size: int, standard_deviation: float) -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from .batch_norm import FoldedBatchNorm, convert_batch_norm
 from .check import LayerProblem, check_network, find_updated_buffers, require_privately_trainable
+from .conversion import converted_network, load_matching_weights
 from .resnet9 import ResNet9
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "ResNet9",
     "check_network",
     "convert_batch_norm",
+    "converted_network",
     "find_updated_buffers",
+    "load_matching_weights",
     "require_privately_trainable",
 ]

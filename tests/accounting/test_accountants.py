@@ -23,6 +23,7 @@ import pytest
 from dp_accounting.dp_event import DpEvent, GaussianDpEvent, NoOpDpEvent, SelfComposedDpEvent
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.accountants import GaussianAccountant
 from scipy import stats
 from scipy.special import log_ndtr
 
@@ -562,3 +563,12 @@ def test_a_filter_of_a_useless_order_lets_nothing_through() -> None:
     budget = PrivacyBudget(0.1, 1e-10)
     assert filters.allowance(budget, min(ORDERS)) < 0
     assert filters.steps_through_filter(GaussianDpEvent(1e6), budget, min(ORDERS), at_most=10) == 0
+
+
+def test_gdp_is_no_bound():
+    """Why there is no GDP accountant here: the limit theorem's ε can lie below that of the mechanism itself."""
+    gdp = GaussianAccountant()
+    gdp.history = [(1.0, 0.064, 470)]
+    exact = epsilon(dpsgd_event(sample_rate=0.064, noise_multiplier=1.0, steps=470), 1e-4)
+    assert gdp.get_epsilon(1e-4) == pytest.approx(7.88, abs=0.01)
+    assert exact == pytest.approx(8.32, abs=0.01)

@@ -220,8 +220,8 @@ def test_without_prepared_data_one_line_says_how_to_make_them(tmp_path, configs,
     with pytest.raises(SystemExit) as stop:
         monai.bundle.run(config_file=[str(path) for path in configs], bundle_root=str(tmp_path), logging_file=False)
     assert stop.value.code == (
-        f"error: {tmp_path}/data/datalist.json does not exist: the X-rays are not prepared. "
-        f"Run: python -m monai_privacy prepare <your X-rays> {tmp_path}/data"
+        f"error: {tmp_path}/data/datalist.json does not exist: the images are not prepared. "
+        f"Run: python -m monai_privacy prepare <your images> {tmp_path}/data (with --ct for CT volumes)"
     )
     assert "Traceback" not in "".join(capfd.readouterr())
     assert not list(tmp_path.rglob("*.jsonl"))

@@ -28,7 +28,7 @@ from monai.data import load_decathlon_datalist
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from monai_privacy.data.chest_xray import ChestXRaySource, count_patients, read_chest_xrays
+from monai_privacy.data import ImageSource, count_patients, read_chest_xrays
 from monai_privacy.data.datalist import write_datalist
 from monai_privacy.data.image_files import image_format, read_dicom_header
 from monai_privacy.data.synthetic import write_synthetic_chest_xrays
@@ -109,7 +109,7 @@ def test_kermanys_own_folders_do_not_split_patients(tmp_path: Path) -> None:
     # person1 lies in train and in test; the datalist must not.
     source = read_chest_xrays(write_kermany(tmp_path / "chest_xray"))
     records = [dict(r, patient_id=f"{r['patient_id']}-{copy}") for copy in range(40) for r in source.records]
-    many = ChestXRaySource("kermany", tuple(records), has_patient_ids=True)
+    many = ImageSource("kermany", tuple(records), has_patient_ids=True)
     homes = homes_of(write_datalist(many, tmp_path / "list", seed=0))
     assert len(homes) == 7 * 40
     assert all(len(home) == 1 for home in homes.values())

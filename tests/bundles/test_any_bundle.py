@@ -1,0 +1,484 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Bundles that somebody else wrote: judged, made private by an overlay, trained, and their networks used."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from command_line import assert_one_line, call
+from monai.bundle import ConfigWorkflow, ckpt_export, create_workflow
+from third_party import IMAGES_EACH, PATIENTS, SIDE, flat, nested, pretrained, write_bundle
+from typer.testing import CliRunner
+
+from monai_privacy import DPSupervisedTrainer, PrivacyLedger
+from monai_privacy.bundle import DPConfigWorkflow, PrivacyRequest, plan_bundle, read_bundle, write_overlays
+from monai_privacy.cli import app
+from monai_privacy.networks import FoldedBatchNorm
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning")
+
+PATTERN = r"p(\d+)_"
+DELTA = 1e-3
+NAMED = {"patient_pattern": PATTERN, "delta": DELTA}
+
+
+def verdicts(root: Path, **wishes: object) -> dict[str, list[str]]:
+    """What was found, by verdict: "id: words"."""
+    plan = plan_bundle(read_bundle([root]), PrivacyRequest(**{**NAMED, **wishes}))
+    found: dict[str, list[str]] = {}
+    for finding in plan.findings:
+        found.setdefault(finding.verdict, []).append(f"{finding.where}: {finding.what}. {finding.remedy}")
+    return found
+
+
+def says(found: dict[str, list[str]], verdict: str, *words: str) -> bool:
+    return any(all(word in text for word in words) for text in found.get(verdict, ()))
+
+
+def overlays(root: Path, **wishes: object) -> list[Path]:
+    config = read_bundle([root])
+    return write_overlays(plan_bundle(config, PrivacyRequest(**{**NAMED, **wishes})), config, root / "configs")
+
+
+def run(*configs: Path, kind: str = "train", **overrides: object) -> ConfigWorkflow:
+    workflow = ConfigWorkflow([str(path) for path in configs], workflow_type=kind, logging_file=False, **overrides)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    return workflow
+
+
+def entry_of(root: Path):
+    (entry,) = PrivacyLedger(root / "ledger.jsonl").entries
+    return entry
+
+
+# ------------------------------------------------------------------ trained
+
+
+@pytest.mark.parametrize(("make", "suffix"), [(nested, ".json"), (nested, ".yaml"), (flat, ".yaml"), (flat, ".json")])
+def test_an_overlay_makes_a_bundle_private_in_either_layout_and_format(tmp_path, make, suffix):
+    root = write_bundle(tmp_path / "bundle", make, suffix=suffix)
+    before = (root / "configs" / f"train{suffix}").read_bytes()
+    overlay, _ = overlays(root, epsilon=4.0)
+    assert (overlay.suffix, (root / "configs" / f"train{suffix}").read_bytes()) == (suffix, before)
+    workflow = run(root / "configs" / f"train{suffix}", overlay)
+    trainer = workflow.parser.get_parsed_content("train#trainer" if make is nested else "trainer")
+    assert isinstance(trainer, DPSupervisedTrainer)
+    entry = entry_of(root)
+    assert (entry.state, entry.steps, entry.facts["num_patients"]) == ("committed", 8, PATIENTS)
+    assert PrivacyLedger(root / "ledger.jsonl").epsilon(DELTA) <= 4.0
+    assert (root / "models" / "private" / "model.pt").is_file()
+    assert not (root / "models" / "model.pt").exists()
+    assert (root / "models" / "private" / "privacy_report.json").is_file()
+
+
+def test_the_private_network_serves_inference_and_export(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    overlay, network = overlays(root)
+    run(root / "configs" / "train.json", overlay)
+    workflow = run(root / "configs" / "inference.json", network, kind="infer")
+    loaded = workflow.parser.get_parsed_content("network").state_dict()
+    saved = torch.load(root / "models" / "private" / "model.pt", weights_only=True)
+    assert all(torch.equal(loaded[key], saved[key]) for key in saved)
+    ckpt_export(
+        net_id="network_def",
+        filepath=str(root / "model.ts"),
+        ckpt_file=str(root / "models" / "private" / "model.pt"),
+        meta_file=str(root / "configs" / "metadata.json"),
+        config_file=[str(root / "configs" / "inference.json"), str(network)],
+    )
+    assert torch.jit.load(str(root / "model.ts"))(torch.zeros(1, 1, SIDE, SIDE)).shape == (1, 2)
+
+
+def test_pretrained_batch_norms_keep_what_they_learnt(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    weights = pretrained(root)
+    before = weights.read_bytes()
+    overlay, network = overlays(root, batch_norm="fold", public_weights=weights)
+    workflow = run(root / "configs" / "train.json", overlay)
+    trained = workflow.parser.get_parsed_content("network")
+    assert any(isinstance(module, FoldedBatchNorm) for module in trained.modules())
+    assert any("batch-norm statistics" in text for text in entry_of(root).assumptions)
+    assert weights.read_bytes() == before
+    loaded = run(root / "configs" / "inference.json", network, kind="infer").parser.get_parsed_content("network")
+    image = torch.randn(2, 1, SIDE, SIDE)
+    assert torch.equal(loaded.eval()(image), trained.eval()(image))
+
+
+def test_folding_starts_from_the_public_network(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    weights = pretrained(root)
+    overlay, _ = overlays(root, batch_norm="fold", public_weights=weights)
+    workflow = ConfigWorkflow(
+        [str(root / "configs" / "train.json"), str(overlay)], workflow_type="train", logging_file=False
+    )
+    workflow.initialize()
+    folded = workflow.parser.get_parsed_content("network_def").eval()
+    (plain,) = read_bundle([root]).evaluated("network_def")
+    plain.load_state_dict(torch.load(weights, weights_only=True)["model"])
+    image = torch.randn(2, 1, SIDE, SIDE)
+    torch.testing.assert_close(folded(image), plain.eval()(image), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_at_run_time_without_a_file(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    workflow = create_workflow(
+        "monai_privacy.DPConfigWorkflow",
+        config_file=str(root / "configs" / "train.json"),
+        logging_file=False,
+        epsilon=4.0,
+        max_epochs=1,
+        **NAMED,
+        **{"privacy#max_grad_norm": 0.5},
+    )
+    assert isinstance(workflow, DPConfigWorkflow)
+    workflow.run()
+    entry = entry_of(root)
+    assert (entry.state, entry.steps, entry.facts["max_grad_norm"]) == ("committed", 4, 0.5)
+    assert not (root / "configs" / "privacy.json").exists()
+
+
+def test_what_cannot_be_private_is_refused_at_run_time(tmp_path):
+    root = write_bundle(
+        tmp_path / "bundle", change=lambda c: c["train"]["trainer"].update(iteration_update="$lambda: 0")
+    )
+    with pytest.raises(ValueError, match="iteration_update of your own"):
+        DPConfigWorkflow(str(root / "configs" / "train.json"), logging_file=False, **NAMED)
+    assert not (root / "ledger.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_with_the_bundles_own_multi_gpu_overlay(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    overlay, _ = overlays(root)
+    names = str([f"configs/{name}" for name in ("train.json", "multi_gpu_train.json", overlay.name)])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "-m", "monai.bundle", "run", "--config_file", names],
+        cwd=root, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    entry = entry_of(root)
+    assert (entry.state, entry.steps) == ("committed", 8)
+
+
+# ------------------------------------------------------------------ habits of other people's bundles
+
+
+def test_a_zoo_classifier_is_judged_part_by_part(tmp_path):
+    found = verdicts(write_bundle(tmp_path / "bundle"))
+    assert says(found, "changed", "train#trainer:", "DPSupervisedTrainer")
+    assert says(found, "changed", "network_def:", "batch norms", "group norms")
+    assert says(found, "private", "loss:", "reduction (sum) has no say")
+    assert says(found, "private", "initialize:", "set_determinism fixes neither")
+    assert says(found, "private", "train#handlers#1:", "StatsHandler has nothing to show")
+    assert says(found, "changed", "train#trainer#key_train_metric:", "left out")
+    assert says(found, "unnoised", "train#handlers#0:", "validation patients")
+    assert says(found, "unnoised", "validate#handlers#1:", "chosen by its metric")
+    assert says(found, "changed", "ckpt_dir:", "private/")
+    assert says(found, "changed", "train#dataset#data:", f"{PATIENTS * IMAGES_EACH} records of {PATIENTS} patients")
+    assert not {"refused", "asked"} & set(found)
+
+
+def test_without_patients_one_has_to_ask_for_images(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    found = verdicts(root, patient_pattern=None)
+    assert says(found, "asked", "train#dataset#data:", "without a patient id", "--patient-pattern", "--unit image")
+    found = verdicts(root, patient_pattern=None, unit="image")
+    assert says(found, "private", "24 records of 24 images", "Single images are protected")
+    overlay, _ = overlays(root, patient_pattern=None, unit="image")
+    run(root / "configs" / "train.json", overlay)
+    report = (root / "models" / "private" / "privacy_report.md").read_text(encoding="utf-8")
+    assert "image" in report.splitlines()[2] + report
+
+
+def test_a_table_names_the_patients(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    table = root / "patients.csv"
+    names = [f"p{patient:02d}_{image}.npy" for patient in range(PATIENTS) for image in range(IMAGES_EACH)]
+    table.write_text("file,patient_id\n" + "".join(f"{name},X{name[:3]}\n" for name in names), encoding="utf-8")
+    found = verdicts(root, patient_pattern=None, patient_table=table)
+    assert says(found, "changed", f"of {PATIENTS} patients")
+
+
+def test_a_number_of_patients_that_the_records_deny_is_not_taken(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    assert says(verdicts(root, num_patients=24), "asked", f"{PATIENTS} patients, and you say 24")
+    for file in (root / "data" / "train").iterdir():
+        file.unlink()
+    found = verdicts(root, num_patients=24)
+    assert not says(found, "asked", "you say") or says(found, "asked", "0 patients")
+
+
+def test_data_that_are_elsewhere_need_their_number(tmp_path):
+    def elsewhere(config):
+        config["images"] = "$open(@bundle_root + '/nowhere.json').read()"
+
+    root = write_bundle(tmp_path / "bundle", change=elsewhere)
+    assert says(verdicts(root), "asked", "nowhere.json", "--num-patients")
+    found = verdicts(root, num_patients=500)
+    assert says(found, "noted", "cannot be read here")
+    assert not {"refused", "asked"} & set(found)
+    overlay, _ = overlays(root, num_patients=500)
+    numbers = json.loads(overlay.read_text(encoding="utf-8"))["privacy"]
+    assert (numbers["num_patients"], numbers["expected_batch_size"]) == (500, 125)
+
+
+def test_class_weights_and_fixed_statistics_are_assumptions(tmp_path):
+    root = write_bundle(tmp_path / "bundle", flat)
+    found = verdicts(root)
+    assert says(found, "noted", "lossfn#weight:", "public")
+    assert says(found, "noted", "preprocessing#transforms#3:", "subtrahend and divisor")
+    overlay, _ = overlays(root)
+    run(root / "configs" / "train.json", overlay)
+    assumptions = entry_of(root).assumptions
+    assert any("class weights" in text for text in assumptions)
+    assert any("NormalizeIntensity" in text for text in assumptions)
+
+
+def weighted(config):
+    config["sampler"] = {
+        "_target_": "torch.utils.data.WeightedRandomSampler", "weights": "$[1.0 + l for l in @labels]", "num_samples": 24
+    }  # fmt: skip
+    config["train_loader"] |= {"sampler": "@sampler", "shuffle": False}
+
+
+def test_a_weighted_sampler_is_refused_or_left_out(tmp_path):
+    root = write_bundle(tmp_path / "bundle", flat, suffix=".yaml", change=weighted)
+    assert says(verdicts(root), "refused", "train_loader#sampler:", "WeightedRandomSampler", "--sampler drop")
+    with pytest.raises(ValueError, match="WeightedRandomSampler"):
+        overlays(root)
+    assert not (root / "configs" / "privacy.yaml").exists()
+    overlay, _ = overlays(root, sampler="drop")
+    run(root / "configs" / "train.yaml", overlay)
+    assert entry_of(root).state == "committed"
+
+
+def crops(config):
+    config["train"]["preprocessing"]["transforms"].insert(
+        3,
+        {
+            "_target_": "RandSpatialCropSamplesd",
+            "keys": "image",
+            "roi_size": [8, 8],
+            "num_samples": 4,
+            "random_size": False,
+        },
+    )
+    config["train"]["dataset"] |= {"_target_": "SmartCacheDataset", "replace_rate": 0.5, "cache_num": 4}
+    config["train"]["dataloader"] |= {"_target_": "ThreadDataLoader", "repeats": 2}
+    config["train"]["trainer"] |= {"accumulation_steps": 2, "amp": True}
+
+
+def test_crops_caches_threads_and_mixed_precision(tmp_path):
+    root = write_bundle(tmp_path / "bundle", change=crops)
+    found = verdicts(root)
+    assert says(found, "private", "train#preprocessing#transforms#3:", "4 samples", "clipped once")
+    assert says(found, "changed", "train#dataset:", "CacheDataset takes its place")
+    assert says(found, "changed", "train#dataloader#repeats:", "used several times")
+    assert says(found, "changed", "train#trainer#accumulation_steps:")
+    assert says(found, "noted", "train#trainer#amp:", "bf16")
+    assert not {"refused", "asked"} & set(found)
+    overlay, _ = overlays(root)
+    run(root / "configs" / "train.json", overlay, **{"train#trainer#amp": False})
+    assert entry_of(root).state == "committed"
+
+
+def regression(config):
+    config["network_def"] = {
+        "_target_": "Regressor", "in_shape": [1, SIDE, SIDE], "out_shape": [1], "channels": [4, 8], "strides": [2, 2],
+    }  # fmt: skip
+    config["labels"] = "$[[float(os.path.basename(name)[1:3])] for name in @images]"
+    config["loss"] = {"_target_": "torch.nn.MSELoss"}
+    config["train"]["preprocessing"]["transforms"][-1]["keys"] = ["image", "label"]
+    config["train"]["handlers"] = config["train"]["handlers"][2:]
+
+
+def test_regression(tmp_path):
+    root = write_bundle(tmp_path / "bundle", change=regression)
+    found = verdicts(root)
+    assert says(found, "private", "network_def:", "Regressor")
+    paths = overlays(root)
+    run(root / "configs" / "train.json", paths[0])
+    assert entry_of(root).state == "committed"
+
+
+def images_handler(config):
+    config["train"]["handlers"].insert(
+        1, {"_target_": "TensorBoardImageHandler", "log_dir": "@bundle_root", "batch_transform": "$lambda batch: batch"}
+    )
+
+
+def test_a_handler_that_shows_patients_is_switched_off(tmp_path):
+    root = write_bundle(tmp_path / "bundle", change=images_handler)
+    assert says(verdicts(root), "changed", "train#handlers#1:", "TensorBoardImageHandler", "switched off")
+    overlay, _ = overlays(root)
+    run(root / "configs" / "train.json", overlay)
+    assert entry_of(root).state == "committed"
+
+
+def on_disk(config):
+    config["train"]["dataset"] = {
+        "_target_": "PersistentDataset",
+        "data": config["train"]["dataset"]["data"],
+        "transform": "@train#preprocessing",
+        "cache_dir": "$@bundle_root + '/cache'",
+    }
+
+
+def test_a_cache_on_the_disk_is_named(tmp_path):
+    found = verdicts(write_bundle(tmp_path / "bundle", change=on_disk))
+    assert says(found, "unnoised", "train#dataset:", "PersistentDataset keeps images", "/cache")
+
+
+OWN_CODE = """
+import torch
+from monai.engines import SupervisedTrainer
+class OwnTrainer(SupervisedTrainer):
+    pass
+def make_network():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 2))
+"""
+
+
+def own_trainer(config):
+    config["train"]["trainer"]["_target_"] = "scripts.own.OwnTrainer"
+
+
+def gan(config):
+    config["train"]["trainer"]["_target_"] = "GanTrainer"
+
+
+def iterable(config):
+    config["train"]["dataset"]["_target_"] = "monai.data.IterableDataset"
+
+
+def patches(config):
+    config["train"]["dataset"]["_target_"] = "PatchDataset"
+
+
+def data_parallel(config):
+    config["network"] = "$torch.nn.DataParallel(@network_def.to(@device))"
+
+
+def lbfgs(config):
+    config["optimizer"]["_target_"] = "torch.optim.LBFGS"
+
+
+def batch_dice(config):
+    config["loss"] = {"_target_": "DiceLoss", "batch": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (own_trainer, "OwnTrainer may have steps of its own"),
+        (gan, "GanTrainer trains two networks"),
+        (iterable, "IterableDataset has no rows"),
+        (patches, "rows of PatchDataset are patches"),
+        (data_parallel, "DataParallel splits"),
+        (lbfgs, "LBFGS evaluates the loss several times"),
+        (batch_dice, "batch=True mixes the rows"),
+    ],
+)
+def test_what_cannot_be_private_is_refused_with_the_reason(tmp_path, change, words):
+    root = write_bundle(tmp_path / "bundle", change=change)
+    (root / "scripts").mkdir()
+    (root / "scripts" / "__init__.py").write_text("", encoding="utf-8")
+    (root / "scripts" / "own.py").write_text(OWN_CODE, encoding="utf-8")
+    assert says(verdicts(root), "refused", words)
+    with pytest.raises(ValueError, match=words):
+        overlays(root)
+
+
+def test_a_network_of_the_bundles_own_code(tmp_path):
+    def change(config):
+        config["network_def"] = "$scripts_own.make_network()"
+        config["imports"].append("$import scripts_own")
+
+    root = write_bundle(tmp_path / "bundle", change=change)
+    (root / "scripts_own.py").write_text(OWN_CODE, encoding="utf-8")
+    found = verdicts(root)
+    assert says(found, "private", "network_def:", "Sequential") or says(found, "private", "network:", "Sequential")
+
+
+def test_a_private_bundle_stays_as_it_is(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    overlay, _ = overlays(root)
+    plan = plan_bundle(read_bundle([root / "configs" / "train.json", overlay]), PrivacyRequest())
+    assert [finding.what for finding in plan.findings if finding.where == "train#trainer"] == ["it is private already"]
+    assert not plan.training
+
+
+def test_overlays_hold_configs_only(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    for path in overlays(root):
+        text = path.read_text(encoding="utf-8")
+        assert not [word for word in ("import", "lambda", "eval(", "__class__") if word in text]
+
+
+# ------------------------------------------------------------------ command line
+
+
+def test_the_command_line_checks_and_writes(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    done = CliRunner().invoke(app, ["check", str(root)])
+    assert done.exit_code == 3
+    assert "only you know" in done.output
+    done = CliRunner().invoke(app, ["check", str(root), "--patient-pattern", PATTERN])
+    assert done.exit_code == 0, done.output
+    assert "An overlay makes this training private" in done.output
+    done = CliRunner().invoke(app, ["check", str(root), "--patient-pattern", PATTERN, "--json"])
+    found = json.loads(done.output)
+    assert found["private_by_overlay"] is True
+    assert {finding["verdict"] for finding in found["findings"]} <= {"private", "changed", "unnoised", "noted"}
+    done = CliRunner().invoke(app, ["overlay", str(root), "--epsilon", "8", "--output", str(tmp_path / "out")])
+    assert done.exit_code == 3
+    assert not (tmp_path / "out").exists()
+    command = ["overlay", str(root), "--epsilon", "8", "--patient-pattern", PATTERN, "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "privacy.json").is_file()
+    assert "python -m monai.bundle run" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "does not exist"),
+        (["{root}", "--unit", "hospital"], "must be patient or image"),
+        (["{root}", "--batch-norm", "fold"], "without public_weights"),
+        (["{root}", "--patient-pattern", "x", "--patient-table", "y"], "both given"),
+        (["{root}/configs/metadata.json"], "has 0 trainers"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, words):
+    root = write_bundle(tmp_path / "bundle")
+    assert_one_line(call("check", *[text.format(root=root) for text in arguments]), words)
+
+
+def test_a_broken_config_is_named(tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text("trainer: [", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"train\.yaml cannot be read as configs"):
+        read_bundle([path])
+    path.write_text(yaml.safe_dump([1, 2]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"train\.yaml"):
+        plan_bundle(read_bundle([path]), PrivacyRequest())
