@@ -24,7 +24,7 @@ from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-MACHINE_PATH = re.compile(r"/home/|/root/|/Users/|/tmp/|/var/folders/|/private/|[A-Za-z]:\\")
+MACHINE_PATH = re.compile(r"/home/|/root/|/Users/|/tmp/|/var/folders/|/private/(?:var|tmp)/|[A-Za-z]:\\")
 MAX_BYTES = 1_500_000
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -565,6 +565,7 @@ def test_a_filter_of_a_useless_order_lets_nothing_through() -> None:
     assert filters.steps_through_filter(GaussianDpEvent(1e6), budget, min(ORDERS), at_most=10) == 0
 
 
+@pytest.mark.filterwarnings("ignore:GDP accounting is experimental:UserWarning")
 def test_gdp_is_no_bound():
     """Why there is no GDP accountant here: the limit theorem's ε can lie below that of the mechanism itself."""
     gdp = GaussianAccountant()

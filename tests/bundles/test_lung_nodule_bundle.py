@@ -23,6 +23,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+from pydicom.data import get_testdata_file
 
 from monai_privacy import PrivacyLedger
 from monai_privacy.bundle import PrivacyRequest, plan_bundle, read_bundle, score_bundle, train_bundle
@@ -205,6 +206,24 @@ def test_an_unreadable_volume_is_named_when_it_is_met(data, tmp_path):
 def said(error: BaseException | None) -> str:
     """What an error and its causes say: MONAI wraps what a config's expression raises."""
     return "" if error is None else f"{error} {said(error.__cause__)}"
+
+
+def test_real_dicom_goes_through_the_datalist_and_the_trainer(weights, tmp_path):
+    # Two studies of real patients, in the pydicom wheel, with scouts and reports beside the slices.
+    real = Path(get_testdata_file("CT_small.dcm")).parent / "dicomdirtests"
+    shutil.copytree(real, tmp_path / "real")
+    rows = "file,label\n98892001/CT5N,0\n77654033/CT2,1\n"
+    (tmp_path / "real" / "labels.csv").write_text(rows, encoding="utf-8")
+    source = read_ct_volumes(tmp_path / "real")
+    assert [len(record["image"]) for record in source.records] == [5, 4]
+    assert any("seem to be missing" in notice for notice in source.notices)
+    write_datalist(source, tmp_path / "list", seed=0, test_fraction=0.0, validation_fraction=0.0)
+    places = {"dataset_dir": str(tmp_path / "list"), "output_dir": str(tmp_path / "out"), "train#handlers": []}
+    numbers = {"uncalibrated_plan#noise_multiplier": 4.0, "plan": "@uncalibrated_plan", "delta": 0.1, "epochs": 1}
+    given = {"bundle_root": str(BUNDLE), "initial_weights": str(weights), "ledger_file": str(tmp_path / "l.jsonl")}
+    train_bundle([TRAIN, OVERLAY, PRIVATE], places | numbers | given)
+    (entry,) = PrivacyLedger(tmp_path / "l.jsonl").entries
+    assert (entry.facts["num_patients"], entry.steps, entry.state) == (2, 2, "committed")
 
 
 def test_check_finds_nothing_against_the_bundle(data):

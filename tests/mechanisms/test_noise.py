@@ -22,6 +22,7 @@ import torch
 from monai.utils import set_determinism
 from scipy import stats
 
+from monai_privacy.mechanisms import noise
 from monai_privacy.mechanisms.noise import InsecureNoise, SystemNoise, _normal
 
 COUNT = 200_000
@@ -112,6 +113,27 @@ def test_any_count(count):
 def test_no_two_blocks_share_noise():
     sample = SystemNoise().add_gaussian([torch.zeros(100_000, dtype=torch.float64) for _ in range(3)], 1.0)
     assert len(torch.cat(sample).unique()) == 300_000
+
+
+def test_several_threads_leave_out_no_coordinate_and_share_no_noise(monkeypatch):
+    monkeypatch.setattr(noise, "_WORTH_A_THREAD", 1 << 14)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    tensors = [
+        torch.zeros(40_000),
+        torch.full((7, 5_001), 2.0),
+        torch.zeros(1),
+        torch.zeros(30_000, dtype=torch.float64),
+    ]
+    found = SystemNoise().add_gaussian(tensors, SIGMA)
+    sizes = [len(share) for share in noise._shares([(t.reshape(-1), t.reshape(-1)) for t in tensors], 3)]
+    assert len(sizes) == 3
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in tensors]
+    added = torch.cat([(one.double() - other.double()).reshape(-1) for one, other in zip(found, tensors, strict=True)])
+    assert variance_p_value(added, SIGMA) > FALSE_ALARM
+    assert (added != 0).all()
+    assert len(torch.unique(added)) > 0.99 * len(added)
+    third = len(added) // 3
+    assert stats.pearsonr(added[:third].numpy(), added[third : 2 * third].numpy()).pvalue > FALSE_ALARM
 
 
 def test_each_generator_has_a_key_of_its_own_from_the_operating_system(monkeypatch):
