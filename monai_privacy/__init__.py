@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         dpsgd_event,
         epsilon,
     )
+    from monai_privacy.adoption import private_trainer
     from monai_privacy.bundle import DPConfigWorkflow
     from monai_privacy.data import PoissonPatientSampler, count_patients, poisson_loader
     from monai_privacy.engines import DPSupervisedTrainer
@@ -61,6 +62,7 @@ _HOME = {
     "epsilon": "accounting",
     "ledger_accountant": "opacus_accountant",
     "poisson_loader": "data",
+    "private_trainer": "adoption",
 }
 
 __all__ = [
@@ -86,6 +88,7 @@ __all__ = [
     "epsilon",
     "ledger_accountant",
     "poisson_loader",
+    "private_trainer",
 ]
 
 

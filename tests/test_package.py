@@ -34,7 +34,7 @@ LAYERS = [
     ["data", "plan", "report", "distributed", "provenance", "opacus_accountant"],
     ["requirements", "train_statistics", "ledger_conduct"],
     ["engines"],
-    ["handlers"],
+    ["handlers", "adoption"],
     ["figures", "errors", "bundle"],
     ["demo"],
     ["ledger_cli"],

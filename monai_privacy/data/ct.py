@@ -104,6 +104,7 @@ class _Volumes:
         self._strict = strict
         self._seen: dict[tuple[str, tuple[float, ...]], int] = {}
         self._series: tuple[CTSeries, ...] | None = None
+        self._owners: dict[str, str] = {}
 
     def record(self, row: LabelRow) -> Record | None:
         """The record of a line; None, and a notice, where its volume cannot be used."""
@@ -116,19 +117,28 @@ class _Volumes:
                 _check_nifti(path)
                 self.all_synthetic = False
                 images, name, from_dicom = str(path), path, None
+                sources = [os.path.realpath(path)]
             else:
                 series = self._find(row, path)
                 name, from_dicom = series.files[0], series.patient_id
                 images = [str(file) for file in series.files] if len(series.files) > 1 else str(name)
                 self.all_synthetic &= series.synthetic
                 self.has_dicom = True
+                sources = [*(os.path.realpath(file) for file in series.files), series.uid]
+                sources += [f"study {series.study}"] if series.study else []
         except _UnusableError as error:
             if self._strict:
                 raise LayoutError(str(error)) from error
             self.notices.append(str(error))
             return None
         self._refuse_twice(row, str(images), center)
-        record: Record = {"image": images, "label": row.label, "patient_id": patient_of(row, name, from_dicom)}
+        patient_id = patient_of(row, name, from_dicom)
+        if {self._owners.setdefault(source, patient_id) for source in sources} != {patient_id}:
+            raise LayoutError(
+                f"line {row.line} of {row.table} gives a volume, or another one of the same study, to another patient than "
+                "an earlier line, and a patient under two ids is not protected. Correct the ids."
+            )
+        record: Record = {"image": images, "label": row.label, "patient_id": patient_id}
         return record | ({CENTER_KEY: list(center)} if center else {})
 
     def _find(self, row: LabelRow, path: Path | None) -> CTSeries:

@@ -36,6 +36,10 @@ _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 # Two slices at one place; of rounding in the headers, a hundredth of a millimetre is far above.
 _SAME_PLACE_MM = 0.01
 _TILT_DEGREES = 0.5
+# How far a slice may lie beside the straight line through the others.
+_ASIDE_MM = 1.0
+# Two people, two visits or two scans under one series are no volume.
+_ONE_A_SERIES = ("PatientID", "PatientName", "PatientBirthDate", "StudyInstanceUID", "FrameOfReferenceUID")
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class CTSeries:
         patient_id: PatientID of its files, perhaps empty.
         synthetic: whether every file says that it is synthetic.
         notices: what is odd about it: gantry tilt, missing slices.
+        study: its StudyInstanceUID, perhaps empty.
     """
 
     uid: str
@@ -89,6 +94,7 @@ class CTSeries:
     patient_id: str
     synthetic: bool
     notices: tuple[str, ...] = ()
+    study: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,9 +119,11 @@ class _File:
     @property
     def grid(self) -> tuple[Any, ...]:
         """What the slices of one volume have in common: orientation to a thousandth, size, and spacing."""
-        first = self.slices[0]
-        vectors = tuple(round(value, 3) + 0.0 for value in (*first.across, *first.down, *first.spacing))
-        return (*vectors, int(self.header.Rows), int(self.header.Columns))
+        return (*_plane(self.slices[0]), int(self.header.Rows), int(self.header.Columns))
+
+
+def _plane(one: Slice) -> tuple[float, ...]:
+    return tuple(round(value, 3) + 0.0 for value in (*one.across, *one.down, *one.spacing))
 
 
 class _NoSliceError(Exception):
@@ -246,6 +254,14 @@ def _slice(header: Dataset, groups: Sequence[Dataset]) -> Slice:
     spacing = numbers("PixelSpacing")
     if len(orientation) != 6 or len(spacing) != 2 or min(spacing) <= 0.0:
         raise LookupError("valid ImageOrientationPatient and PixelSpacing")
+    across, down = np.array(orientation[:3]), np.array(orientation[3:])
+    if abs(across @ across - 1) > 0.01 or abs(down @ down - 1) > 0.01 or abs(across @ down) > 0.01:
+        raise LookupError("ImageOrientationPatient of two unit vectors at a right angle")
+    kinds = [str(group.get("RescaleType")).strip().upper() for group in groups if group.get("RescaleType")]
+    if kinds and kinds[0] != "HU":
+        raise LookupError(f"rescale to HU (its RescaleType is {kinds[0]})")
+    if numbers("RescaleSlope")[0] == 0.0:
+        raise LookupError("RescaleSlope other than 0")
     position = numbers("ImagePositionPatient")
     if len(position) != 3:
         raise LookupError("valid ImagePositionPatient")
@@ -264,14 +280,20 @@ def _slice(header: Dataset, groups: Sequence[Dataset]) -> Slice:
 def _make_series(uid: str, files: Sequence[_File]) -> CTSeries:
     where = f"series of {files[0].path}"
     notices: list[str] = []
+    for name in _ONE_A_SERIES:
+        values = {str(file.header.get(name) or "").strip() for file in files}
+        if len(values) > 1:
+            raise ValueError(
+                f"{where} was left out: its files have {len(values)} different values of {name}, so whose it is, or where "
+                "its slices lie, is unknown. Correct the headers."
+            )
     files = _without_copies(files, where, notices)
-    patients = {str(file.header.get("PatientID") or "").strip() for file in files}
-    if len(patients) > 1:
-        raise ValueError(
-            f"{where} was left out: its files have {len(patients)} different PatientIDs, so whose it is is unknown. "
-            "Correct the headers."
-        )
     files = _of_one_grid(files, where, notices)
+    if any(_plane(one) != _plane(file.slices[0]) for file in files for one in file.slices):
+        raise ValueError(
+            f"{where} was left out: its frames have several orientations or spacings, so they are no single volume. Give "
+            "each volume a file of its own."
+        )
     if any(len(file.slices) > 1 for file in files) and len(files) > 1:
         raise ValueError(
             f"{where} was left out: {len(files)} files of several frames each are not one volume. Give each a series of "
@@ -283,9 +305,10 @@ def _make_series(uid: str, files: Sequence[_File]) -> CTSeries:
     return CTSeries(
         uid,
         tuple(file.path for file in files),
-        patients.pop(),
+        str(files[0].header.get("PatientID") or "").strip(),
         all(says_synthetic(file.header) for file in files),
         tuple(notices),
+        str(files[0].header.get("StudyInstanceUID") or "").strip(),
     )
 
 
@@ -317,6 +340,11 @@ def _geometry_notices(slices: Sequence[Slice], where: str) -> Iterator[str]:
             f"{where} was left out: it has several slices at one place (scanned twice, or over time), so they are no "
             "single volume. Give each volume a series of its own."
         )
+    if _aside(slices) > _ASIDE_MM:
+        raise ValueError(
+            f"{where} was left out: its slices do not lie on one straight line (one is {_aside(slices):.0f} mm aside), so "
+            "one affine cannot place them. Give each volume a series of its own."
+        )
     usual = float(np.median(gaps))
     missing = int(sum(round(gap / usual) - 1 for gap in gaps if gap > 1.5 * usual))
     if missing:
@@ -326,6 +354,15 @@ def _geometry_notices(slices: Sequence[Slice], where: str) -> Iterator[str]:
     tilt = _tilt(slices)
     if tilt > _TILT_DEGREES:
         yield f"{where}: the gantry was tilted by {tilt:.1f} degrees; the loader's affine has the tilt"
+
+
+def _aside(slices: Sequence[Slice]) -> float:
+    """Millimetres by which a slice lies beside the line from the first to the last, at its own height."""
+    heights = np.array([one.height for one in slices])
+    positions = np.array([one.position for one in slices])
+    share = ((heights - heights[0]) / (heights[-1] - heights[0]))[:, None]
+    line = positions[0] + share * (positions[-1] - positions[0])
+    return float(np.linalg.norm(positions - line, axis=1).max())
 
 
 def _tilt(slices: Sequence[Slice]) -> float:

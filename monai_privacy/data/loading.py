@@ -199,8 +199,20 @@ def _image_id(dataset: Any, row: int) -> str:
     # An image that is listed several times, to be seen more often, is one unit.
     records = getattr(dataset, "data", None)
     record = records[row] if isinstance(records, Sequence) and len(records) == len(dataset) else None
-    image = record.get("image") if isinstance(record, Mapping) else record
-    return f"file {os.fspath(image)}" if isinstance(image, (str, os.PathLike)) else f"row {row}"
+    if not isinstance(record, Mapping):
+        values = [record]
+    else:
+        values = [record["image"]] if "image" in record else list(record.values())
+    files = [os.fspath(file) for value in values for file in _files_in(value)]
+    return f"file {'|'.join(files)}" if files else f"row {row}"
+
+
+def _files_in(value: Any) -> list[Any]:
+    listed = list(value) if isinstance(value, (list, tuple)) else [value]
+    are_files = all(
+        isinstance(file, os.PathLike) or (isinstance(file, str) and os.path.splitext(file)[1]) for file in listed
+    )
+    return listed if listed and are_files else []
 
 
 def _patient_id(record: Any, row: int, patient_key: str) -> str:

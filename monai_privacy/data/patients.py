@@ -61,13 +61,19 @@ def with_patient_ids(
                 "table out, or name another patient_key."
             )
         image = record.get(image_key)
-        image = image[0] if isinstance(image, (list, tuple)) and image else image
-        if not isinstance(image, (str, os.PathLike)):
+        files = list(image) if isinstance(image, (list, tuple)) else [image]
+        if not files or not all(isinstance(file, (str, os.PathLike)) for file in files):
             raise ValueError(
                 f"record {row} has no file name under {image_key!r}, so nothing tells its patient. Name the key of the "
                 "image's file by image_key."
             )
-        found.append({**record, patient_key: lookup(Path(image).as_posix(), row)})
+        patients = {lookup(Path(file).as_posix(), row) for file in files}
+        if len(patients) > 1:
+            raise ValueError(
+                f"the files of record {row} belong to {len(patients)} patients, and one record can be only one's. Correct "
+                "the record, the pattern or the table."
+            )
+        found.append({**record, patient_key: patients.pop()})
     return found
 
 

@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from monai_privacy.data.image_files import one_line
 
@@ -114,10 +115,20 @@ def _read(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
             file.seek(0)
             # Spreadsheets of half of Europe separate columns by semicolons.
             reader = csv.DictReader(file, delimiter=";" if ";" in head and "," not in head else ",", restval="")
-            rows = [(reader.line_num, row) for row in reader]
+            rows = [(reader.line_num, _cells(table, reader.line_num, row)) for row in reader]
             return list(reader.fieldnames or ()), rows
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise LayoutError(f"CSV {table} cannot be read ({one_line(error)}). Save it as a UTF-8 CSV file.") from error
+
+
+def _cells(table: Path, line: int, row: dict[str | None, Any]) -> dict[str, str]:
+    more = row.pop(None, [])
+    if any(cell.strip() for cell in more):
+        raise LayoutError(
+            f"line {line} of {table} has {len(more)} cells more than there are columns, so which is which is unknown. "
+            "Correct the line."
+        )
+    return {name: cell for name, cell in row.items() if name is not None}
 
 
 def _column(

@@ -83,6 +83,14 @@ def change(path: Path, **values: object) -> None:
     dataset.save_as(path, enforce_file_format=True)
 
 
+def aside(path: Path, millimetres: float) -> None:
+    """Move a slice that is neither the lowest nor the highest sideways."""
+    heights = {file: float(pydicom.dcmread(file).ImagePositionPatient[2]) for file in path.parent.iterdir()}
+    middle = sorted(heights, key=lambda file: heights[file])[1]
+    x, y, z = pydicom.dcmread(middle).ImagePositionPatient
+    change(middle, ImagePositionPatient=[float(x) + millimetres, y, z])
+
+
 # ------------------------------------------------------------------ series
 
 
@@ -137,12 +145,18 @@ def test_copies_of_a_file_are_left_out(tree):
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (lambda path: change(path, PatientID="another"), "2 different PatientIDs"),
+        (lambda path: change(path, PatientID="another"), "2 different values of PatientID"),
         (lambda path: path.write_bytes(path.read_bytes()[:2000]), "ends before its last pixel"),
         (lambda path: path.write_bytes(b"no DICOM at all"), "cannot be used"),
         (lambda path: change(path, ImagePositionPatient=None), "has no ImagePositionPatient"),
         (lambda path: change(path, RescaleSlope=None), "has no RescaleSlope"),
         (lambda path: change(path, PixelSpacing=[0.0, 1.0]), "PixelSpacing"),
+        (lambda path: change(path, StudyInstanceUID=generate_uid()), "2 different values of StudyInstanceUID"),
+        (lambda path: change(path, PatientID="", PatientName="Other^One"), "2 different values of Patient"),
+        (lambda path: change(path, RescaleType="US"), "RescaleType is US"),
+        (lambda path: change(path, RescaleSlope=0), "RescaleSlope other than 0"),
+        (lambda path: change(path, ImageOrientationPatient=[0.5, 0, 0, 0, 1, 0]), "unit vectors"),
+        (lambda path: aside(path, 60.0), "straight line"),
     ],
 )
 def test_what_cannot_be_used_is_said_by_name_and_ends_only_a_strict_reading(tree, spoil, reason):
@@ -358,6 +372,35 @@ def test_a_table_that_is_wrong_ends_the_reading(tree, spoil, reason):
     write_rows(tree, rows)
     with pytest.raises(ValueError, match=reason):
         read_ct_volumes(tree)
+
+
+def test_one_volume_or_study_has_one_patient(tree):
+    rows = rows_of(tree)
+    write_rows(tree, [row | {"coordX": "0", "coordY": "0", "coordZ": "0"} for row in rows])
+    for path in tree.rglob("*.dcm"):
+        change(path, PatientID="")
+    twice = [
+        row | {"coordX": str(n), "coordY": "0", "coordZ": "0", "patient_id": f"P{n}"} for row in rows for n in (1, 2)
+    ]
+    write_rows(tree, twice)
+    with pytest.raises(ValueError, match="to another patient than an earlier line"):
+        read_ct_volumes(tree)
+    several = next(row["patient_id"] for row in rows if sum(r["patient_id"] == row["patient_id"] for r in rows) > 1)
+    first = next(index for index, row in enumerate(rows) if row["patient_id"] == several)
+    write_rows(
+        tree, [row | ({"patient_id": "somebody else"} if index == first else {}) for index, row in enumerate(rows)]
+    )
+    with pytest.raises(ValueError, match="same study, to another patient"):
+        read_ct_volumes(tree)
+
+
+def test_a_line_of_too_many_cells_is_named(tree):
+    text = (tree / "labels.csv").read_text(encoding="utf-8").splitlines()
+    (tree / "labels.csv").write_text("\n".join([text[0], text[1] + ",more,cells", *text[2:]]), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 2 of .* has 2 cells more"):
+        read_ct_volumes(tree)
+    (tree / "labels.csv").write_text("\n".join([text[0], text[1] + ",", *text[2:]]), encoding="utf-8")
+    assert len(read_ct_volumes(tree).records) == len(text) - 1
 
 
 def test_an_unreadable_volume_is_left_out_and_named_unless_asked(tmp_path):

@@ -28,7 +28,7 @@ def test_a_pattern_tells_the_patient():
 
 def test_a_table_tells_the_patient_by_the_end_of_the_path(tmp_path):
     table = tmp_path / "patients.csv"
-    table.write_text("file,patient_id\np01_1.png,A\nb/p02_1.png,B\n", encoding="utf-8")
+    table.write_text("file,patient_id\np01_1.png,A\nb/p02_1.png,B\np02_2.png,B\n", encoding="utf-8")
     assert [record["patient_id"] for record in with_patient_ids(RECORDS, table=table)] == ["A", "B"]
     both = [{"image": "a/1.png"}, {"image": "b/1.png"}]
     table.write_text("file,patient_id\na/1.png,A\n1.png,B\n", encoding="utf-8")
@@ -45,6 +45,7 @@ def test_a_table_tells_the_patient_by_the_end_of_the_path(tmp_path):
         ({"pattern": r"q(\d+)"}, "record 0 does not match"),
         ({"pattern": r"p(\d+)", "image_key": "scan"}, "no file name under 'scan'"),
         ({"pattern": r"p(\d+)", "patient_key": "label"}, "has label already"),
+        ({"pattern": r"(\d)\.png"}, "belong to 2 patients"),
     ],
 )
 def test_what_tells_no_patient_is_refused(arguments, reason):
