@@ -141,6 +141,7 @@ def overlay(
         return
     for path in paths:
         print(path)
+    print(f"ledger: {plan.training['privacy']['ledger_file']}")
     names = "', '".join(str(path) for path in (*config.files, paths[0]))
     print(f"\npython -m monai.bundle run --config_file \"['{names}']\"")
     if len(paths) > 1:

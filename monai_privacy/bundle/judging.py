@@ -23,6 +23,7 @@ from torch.utils.data import IterableDataset
 
 from monai_privacy.bundle.findings import Finding, PrivacyRequest
 from monai_privacy.bundle.reading import BundleConfig, Node, is_supervised
+from monai_privacy.engines import DPSupervisedTrainer
 from monai_privacy.networks import check_network
 
 __all__ = ["judge_data", "judge_handlers", "judge_network", "judge_trainer"]
@@ -39,6 +40,7 @@ _SHOW_TRAINING = (
 _SHOW_IMAGES = (
     "TensorBoardImageHandler", "ClearMLImageHandler", "MetricsSaver", "ClassificationSaver", "ProbMapProducer"
 )  # fmt: skip
+_KNOWN_HANDLERS = ("monai.", "ignite.", "monai_privacy.")
 
 
 # ------------------------------------------------------------------ trainer, loss, optimizer
@@ -47,8 +49,8 @@ _SHOW_IMAGES = (
 def judge_trainer(config: BundleConfig, trainer: Node) -> Iterator[Finding]:
     """The trainer's own class and arguments, its loss and its optimizer."""
     found = config.located(trainer)
-    if trainer.target == _TRAINER.rsplit(".", 1)[-1]:
-        yield Finding("private", trainer.id, "it is private already")
+    if found is DPSupervisedTrainer:
+        yield Finding("private", trainer.id, "it is private already, with the numbers of its own plan")
     elif is_supervised(found):
         yield Finding("changed", trainer.id, "SupervisedTrainer becomes DPSupervisedTrainer",
                       changes={f"{trainer.id}#_target_": _TRAINER})  # fmt: skip
@@ -268,6 +270,9 @@ def judge_handlers(config: BundleConfig, trainer: Node) -> Iterator[Finding]:
         elif name == "LrScheduleHandler" and _needs_metric(config, handler):
             yield Finding("unnoised", handler.id, "the learning rate follows a metric, which has no noise",
                           "Use a schedule that goes by steps")  # fmt: skip
+        elif not str(getattr(config.located(handler), "__module__", "")).startswith(_KNOWN_HANDLERS):
+            yield Finding("noted", handler.id, f"{name} is not known here: it is given no batch, prediction or loss, and "
+                          "what else it looks at is its own affair")  # fmt: skip
 
 
 def _judge_validation(config: BundleConfig, handler: Node) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from monai.data import Dataset
 
 from monai_privacy.bundle.findings import Finding, PrivacyRequest
 from monai_privacy.bundle.judging import judge_data, judge_handlers, judge_network, judge_trainer
+from monai_privacy.bundle.programs import judge_programs, unknown_statements
 from monai_privacy.bundle.reading import BundleConfig, Node
 from monai_privacy.data import units_of
+from monai_privacy.engines import DPSupervisedTrainer
 
 __all__ = ["BundlePlan", "plan_bundle", "require_private", "write_overlays"]
 
@@ -71,17 +73,18 @@ def plan_bundle(config: BundleConfig, request: PrivacyRequest) -> BundlePlan:
             f"{f' ({names})' if names else ''}, and exactly one can be made private. Name the configs of one training."
         )
     trainer = trainers[0]
-    if trainer.target == "DPSupervisedTrainer":
-        return BundlePlan(tuple(judge_trainer(config, trainer)), {}, {})
-    dataset = config.argument(config.argument(trainer, "train_data_loader"), "dataset")
+    if config.located(trainer) is DPSupervisedTrainer:
+        found = (judge_trainer(config, trainer), judge_data(config, trainer, request), judge_handlers(config, trainer))
+        return BundlePlan(tuple(one for part in (*found, judge_programs(config, trainer)) for one in part), {}, {})
     findings = [
         *judge_trainer(config, trainer),
         *judge_network(config, trainer, request),
         *judge_data(config, trainer, request),
         *judge_handlers(config, trainer),
+        *judge_programs(config, trainer),
         *_judge_seeds(config),
     ]
-    patients, num_patients = _judge_patients(config, dataset, request)
+    patients, num_patients = _judge_patients(config, trainer, request)
     findings += patients
     folder = _judge_folder(config, trainer)
     findings += folder
@@ -91,6 +94,8 @@ def plan_bundle(config: BundleConfig, request: PrivacyRequest) -> BundlePlan:
     training: dict[str, Any] = {}
     if num_patients is not None and epochs is not None:
         training |= _numbers(config, trainer, request, num_patients)
+        assumed = unknown_statements(config, trainer)
+        training |= {f"{trainer.id}#assumptions": assumed} if assumed else {}
     # Least deep first: a whole dataset must be replaced before something inside it is.
     changes = {place: value for finding in findings for place, value in finding.changes.items()}
     training |= dict(sorted(changes.items(), key=lambda item: item[0].count("#")))
@@ -140,7 +145,9 @@ def _numbers(config: BundleConfig, trainer: Node, request: PrivacyRequest, num_p
     if delta is None:
         delta = _USUAL_DELTA if num_patients <= 10_000 else 10.0 ** -(math.ceil(math.log10(num_patients)) + 1)
     size = request.expected_batch_size or max(1, round(_BATCH_SHARE * num_patients))
-    root = "$@bundle_root + '/ledger.jsonl'" if config.get("bundle_root") is not None else "ledger.jsonl"
+    # Beside the patients' data, and never where a run from another folder would begin a new one.
+    beside = "$@dataset_dir + '/ledger.jsonl'" if config.get("dataset_dir") is not None else None
+    ledger = request.ledger or beside or str((config.root / "ledger.jsonl").resolve())
     privacy = {
         "epsilon": request.epsilon,
         "delta": delta,
@@ -148,7 +155,7 @@ def _numbers(config: BundleConfig, trainer: Node, request: PrivacyRequest, num_p
         "num_patients": num_patients,
         "expected_batch_size": size,
         "max_grad_norm": request.max_grad_norm,
-        "ledger_file": request.ledger or root,
+        "ledger_file": ledger,
         "plan": {
             "_target_": "monai_privacy.plan.calibrated_plan",
             "epsilon": f"@{_ROOT}#epsilon",
@@ -199,8 +206,19 @@ def _epochs(config: BundleConfig, trainer: Node) -> tuple[int | None, list[Findi
 # ------------------------------------------------------------------ patients
 
 
-def _judge_patients(config: BundleConfig, dataset: Node, request: PrivacyRequest) -> tuple[list[Finding], int | None]:
+def _validated(config: BundleConfig, trainer: Node) -> Iterator[Node]:
+    """The datasets that the training's own validation measures, where they stand in the config."""
+    for handler in config.components(trainer.argument("train_handlers"), f"{trainer.id}#train_handlers"):
+        if handler.target == "ValidationHandler":
+            loader = config.argument(config.argument(handler, "validator"), "val_data_loader")
+            dataset = config.argument(loader, "dataset")
+            if dataset.id and dataset.argument("data") is not None:
+                yield dataset
+
+
+def _judge_patients(config: BundleConfig, trainer: Node, request: PrivacyRequest) -> tuple[list[Finding], int | None]:
     """Who is protected, and how many of them there are."""
+    dataset = config.argument(config.argument(trainer, "train_data_loader"), "dataset")
     changes: dict[str, Any] = {}
     where = f"{dataset.id}#data"
     if request.patient_table is not None or request.patient_pattern is not None:
@@ -211,6 +229,9 @@ def _judge_patients(config: BundleConfig, dataset: Node, request: PrivacyRequest
             named["pattern"] = request.patient_pattern
         named |= {} if request.patient_key == "patient_id" else {"patient_key": request.patient_key}
         changes[where] = {"_target_": "monai_privacy.data.with_patient_ids", **named}
+        # Validation patients too: otherwise the trainer could not see that one is trained on.
+        for validated in _validated(config, trainer):
+            changes[f"{validated.id}#data"] = changes[where] | {"records": copy.deepcopy(validated.argument("data"))}
     try:
         changed = _with(config, changes)
         (records,) = changed.evaluated(where)

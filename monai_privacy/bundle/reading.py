@@ -124,6 +124,10 @@ class BundleConfig:
         """Every component that is a trainer, or whose name says so."""
         return [node for node in _walk(self.content) if self._is_trainer(node)]
 
+    def evaluators(self) -> list[Node]:
+        """Every component whose name says that it measures."""
+        return [node for node in _walk(self.content) if node.target.endswith("Evaluator")]
+
     def located(self, node: Node) -> Any:
         """The class or function of a component, None where it cannot be found."""
         target = node.value.get("_target_") if isinstance(node.value, Mapping) else None
@@ -161,7 +165,7 @@ class BundleConfig:
             sys.path.remove(str(self.root))
 
     def _is_trainer(self, node: Node) -> bool:
-        if not node.target.endswith("Trainer"):
+        if not node.target.lower().endswith("trainer"):
             found = self.located(node) if "." in str(node.value.get("_target_")) else None
             return isinstance(found, type) and issubclass(found, Trainer)
         return True

@@ -96,5 +96,10 @@ class DPConfigWorkflow(ConfigWorkflow):
         config = read_bundle([Path(one) for one in ensure_tuple(config_file)], overrides)
         plan = plan_bundle(config, request)
         require_private(plan)
+        if not plan.training:
+            raise ValueError(
+                "the training is private already, with the numbers of its own plan: epsilon and the others given here would "
+                "not be used. Run it with ConfigWorkflow, or leave its overlay out."
+            )
         for name, value in (plan.training | numbers).items():
             merge_kv(self.parser, name, value)

@@ -67,7 +67,7 @@ def with_patient_ids(
                 f"record {row} has no file name under {image_key!r}, so nothing tells its patient. Name the key of the "
                 "image's file by image_key."
             )
-        patients = {lookup(Path(file).as_posix(), row) for file in files}
+        patients = {lookup(Path(str(file)).as_posix(), row) for file in files}
         if len(patients) > 1:
             raise ValueError(
                 f"the files of record {row} belong to {len(patients)} patients, and one record can be only one's. Correct "

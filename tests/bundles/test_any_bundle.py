@@ -65,7 +65,7 @@ def run(*configs: Path, kind: str = "train", **overrides: object) -> ConfigWorkf
 
 
 def entry_of(root: Path):
-    (entry,) = PrivacyLedger(root / "ledger.jsonl").entries
+    (entry,) = PrivacyLedger(root / "data" / "ledger.jsonl").entries
     return entry
 
 
@@ -83,7 +83,7 @@ def test_an_overlay_makes_a_bundle_private_in_either_layout_and_format(tmp_path,
     assert isinstance(trainer, DPSupervisedTrainer)
     entry = entry_of(root)
     assert (entry.state, entry.steps, entry.facts["num_patients"]) == ("committed", 8, PATIENTS)
-    assert PrivacyLedger(root / "ledger.jsonl").epsilon(DELTA) <= 4.0
+    assert PrivacyLedger(root / "data" / "ledger.jsonl").epsilon(DELTA) <= 4.0
     assert (root / "models" / "private" / "model.pt").is_file()
     assert not (root / "models" / "model.pt").exists()
     assert (root / "models" / "private" / "privacy_report.json").is_file()
@@ -161,7 +161,7 @@ def test_what_cannot_be_private_is_refused_at_run_time(tmp_path):
     )
     with pytest.raises(ValueError, match="iteration_update of your own"):
         DPConfigWorkflow(str(root / "configs" / "train.json"), logging_file=False, **NAMED)
-    assert not (root / "ledger.jsonl").exists()
+    assert not (root / "data" / "ledger.jsonl").exists()
 
 
 @pytest.mark.slow
@@ -353,6 +353,8 @@ import torch
 from monai.engines import SupervisedTrainer
 class OwnTrainer(SupervisedTrainer):
     pass
+class DPSupervisedTrainer(SupervisedTrainer):
+    pass
 def make_network():
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 2))
 """
@@ -360,6 +362,24 @@ def make_network():
 
 def own_trainer(config):
     config["train"]["trainer"]["_target_"] = "scripts.own.OwnTrainer"
+
+
+def named_alike(config):
+    config["train"]["trainer"]["_target_"] = "scripts.own.DPSupervisedTrainer"
+
+
+def warm_up(config):
+    config["initialize"].append("$scripts.own.warm_up(@network, @train#dataloader)")
+
+
+def second_trainer(config):
+    config["other"] = "$monai.engines.SupervisedTrainer(@device, 1, @train#dataloader, @network, @optimizer, @loss)"
+    config["run"].insert(0, "$@other.run()")
+
+
+def measured_patients(config):
+    config["again"] = {**config["validate"]["evaluator"], "val_data_loader": "@train#dataloader"}
+    config["run"].append("$@again.run()")
 
 
 def gan(config):
@@ -390,6 +410,10 @@ def batch_dice(config):
     ("change", "words"),
     [
         (own_trainer, "OwnTrainer may have steps of its own"),
+        (named_alike, "DPSupervisedTrainer may have steps of its own"),
+        (warm_up, "looks at training patients outside of the trainer"),
+        (second_trainer, "trains by an expression"),
+        (measured_patients, "it measures training patients"),
         (gan, "GanTrainer trains two networks"),
         (iterable, "IterableDataset has no rows"),
         (patches, "rows of PatchDataset are patches"),
@@ -423,8 +447,33 @@ def test_a_private_bundle_stays_as_it_is(tmp_path):
     root = write_bundle(tmp_path / "bundle")
     overlay, _ = overlays(root)
     plan = plan_bundle(read_bundle([root / "configs" / "train.json", overlay]), PrivacyRequest())
-    assert [finding.what for finding in plan.findings if finding.where == "train#trainer"] == ["it is private already"]
+    assert [finding.what for finding in plan.findings if finding.where == "train#trainer"] == [
+        "it is private already, with the numbers of its own plan"
+    ]
     assert not plan.training
+
+
+def test_a_private_bundle_does_not_take_other_numbers(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    overlay, _ = overlays(root)
+    with pytest.raises(ValueError, match="private already"):
+        DPConfigWorkflow([str(root / "configs" / "train.json"), str(overlay)], logging_file=False, epsilon=1.0)
+
+
+def test_statements_that_are_not_known_are_assumptions_of_the_report(tmp_path):
+    root = write_bundle(tmp_path / "bundle", change=lambda c: c["initialize"].append("$sorted([2, 1])"))
+    assert says(verdicts(root), "noted", "initialize#1:", "sorted([2, 1])", "not known here")
+    overlay, _ = overlays(root)
+    run(root / "configs" / "train.json", overlay)
+    assert any("sorted([2, 1])" in text for text in entry_of(root).assumptions)
+
+
+def test_validation_on_training_patients_is_refused_where_names_tell_the_patients(tmp_path):
+    root = write_bundle(tmp_path / "bundle", change=lambda c: c.update(val_images="$@images[:4]"))
+    overlay, _ = overlays(root)
+    with pytest.raises(Exception) as refusal:
+        run(root / "configs" / "train.json", overlay)
+    assert "both trained on and validated on" in str(refusal.value.__cause__)
 
 
 def test_overlays_hold_configs_only(tmp_path):
