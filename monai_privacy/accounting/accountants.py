@@ -268,7 +268,8 @@ def delta_of(event: DpEvent, epsilons: NDArray[np.float64]) -> NDArray[np.float6
     if tight and _rdp_epsilon(items, 1e-5) > _LARGE_EPSILON:
         return by_rdp
     total, rounding = _composed_pld(items, _INTERVAL)
-    by_pld = np.asarray(total.get_delta_for_epsilon(epsilons)) + rounding
+    # One by one: for a whole array the library walks through the distribution in Python.
+    by_pld = np.array([float(total.get_delta_for_epsilon(float(value))) for value in epsilons]) + rounding
     return np.minimum(1.0, np.minimum(by_pld, by_rdp))
 
 

@@ -45,7 +45,8 @@ def judge_programs(config: BundleConfig, trainer: Node) -> Iterator[Finding]:
             continue
         if patients & set(references(statement)):
             yield Finding("refused", where, f"{statement!r} looks at training patients outside of the trainer, where "
-                          "nothing is clipped, noised or accounted", "Take it out of the config, or of a private run")  # fmt: skip
+                          "nothing is clipped, noised or accounted",
+                          "Take it out of the config, or of a private run")  # fmt: skip
         else:
             yield Finding("noted", where, f"{statement!r} is not known here: the claim assumes that it neither looks "
                           "at training patients nor changes the training; the report says so")  # fmt: skip

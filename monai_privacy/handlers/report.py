@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from ignite.engine import Engine, Events
@@ -20,9 +21,14 @@ from ignite.engine import Engine, Events
 from monai_privacy.engines import DPSupervisedTrainer
 from monai_privacy.report import PrivacyReport
 
+# Of the time of one report, between two.
+_SHARE = 9.0
+
 
 class PrivacyReportHandler:
-    """Writes ``privacy_report.json`` and ``.md``, recomputed from the ledger, after each epoch, and ``.html`` at the end.
+    """Writes ``privacy_report.json`` and ``.md``, recomputed from the ledger, after epochs, and ``.html`` at the end.
+
+    The first epoch is reported, and later ones as often as costs at most a tenth of the time; the end always is.
 
     Args:
         output_dir: folder for the files; made where missing.
@@ -30,6 +36,7 @@ class PrivacyReportHandler:
 
     def __init__(self, output_dir: str) -> None:
         self.output_dir = Path(output_dir)
+        self._again_at = 0.0
 
     def attach(self, engine: Engine) -> None:
         """
@@ -50,7 +57,12 @@ class PrivacyReportHandler:
         Args:
             engine: a :class:`DPSupervisedTrainer`.
         """
+        # The first epoch, and then as often as costs at most a tenth of the run: small epochs are shorter than a report.
+        if time.monotonic() < self._again_at:
+            return
+        began = time.monotonic()
         self._write(engine, html=False)
+        self._again_at = time.monotonic() + _SHARE * (time.monotonic() - began)
 
     def finish(self, engine: DPSupervisedTrainer) -> None:
         """Commit the run's entry, so that the report names the model, and write the page for people as well.
