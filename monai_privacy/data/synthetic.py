@@ -29,7 +29,7 @@ from pydicom.uid import (
 
 from monai_privacy.data.synthetic_drawing import STREAM_IMAGE, Patient, draw_patients, draw_picture
 
-__all__ = ["SYNTHETIC_MARK", "says_synthetic", "write_synthetic_chest_xrays"]
+__all__ = ["SYNTHETIC_MARK", "new_folder", "says_synthetic", "write_synthetic_chest_xrays"]
 
 #: SeriesDescription and ImageComments of every file begin with this word.
 SYNTHETIC_MARK = "SYNTHETIC"
@@ -80,11 +80,7 @@ def write_synthetic_chest_xrays(
         raise ValueError(f"image_size is {image_size}, at which no chest can be drawn. Choose from 32 to 1024.")
     if seed < 0:
         raise ValueError(f"seed is {seed}, which numpy's generators refuse. Choose 0 or more.")
-    target = Path(folder)
-    if target.is_dir() and any(target.iterdir()):
-        # Never mix invented images with what may be real ones.
-        raise FileExistsError(f"folder {target} is not empty, and its files could be real. Name a new or empty folder.")
-    (target / "images").mkdir(parents=True, exist_ok=True)
+    target = new_folder(folder)
 
     rows: list[tuple[str, int, str]] = []
     for patient in draw_patients(num_patients, seed):
@@ -99,6 +95,20 @@ def write_synthetic_chest_xrays(
         csv.writer(file).writerows([("file", "label", "patient_id"), *rows])
     text = _README.format(images=len(rows), patients=num_patients, seed=seed, size=image_size)
     (target / "README.txt").write_text(text, encoding="utf-8")
+    return target
+
+
+def new_folder(folder: str | os.PathLike[str]) -> Path:
+    """A folder for invented images, with ``images/`` in it, made where it is missing.
+
+    Raises:
+        FileExistsError: if it holds anything already.
+    """
+    target = Path(folder)
+    if target.is_dir() and any(target.iterdir()):
+        # Never mix invented images with what may be real ones.
+        raise FileExistsError(f"folder {target} is not empty, and its files could be real. Name a new or empty folder.")
+    (target / "images").mkdir(parents=True, exist_ok=True)
     return target
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from pydicom.dataset import FileDataset
 from pydicom.uid import UID, CTImageStorage, generate_uid
 
-from monai_privacy.data.synthetic import SYNTHETIC_MARK, empty_file
+from monai_privacy.data.synthetic import SYNTHETIC_MARK, empty_file, new_folder
 from monai_privacy.data.synthetic_nodules import Nodule, draw_attributes, draw_nodule
 
 __all__ = ["SyntheticNodules", "write_synthetic_ct"]
@@ -78,11 +78,7 @@ def write_synthetic_ct(
         raise ValueError(f"file_format is {file_format!r}, which is not known. Choose 'dicom' or 'nifti'.")
     if seed < 0:
         raise ValueError(f"seed is {seed}, which numpy's generators refuse. Choose 0 or more.")
-    target = Path(folder)
-    if target.is_dir() and any(target.iterdir()):
-        # Never mix invented images with what may be real ones.
-        raise FileExistsError(f"folder {target} is not empty, and its files could be real. Name a new or empty folder.")
-    (target / "images").mkdir(parents=True, exist_ok=True)
+    target = new_folder(folder)
     rows: list[tuple[str, int, str, str]] = []
     for number in range(num_patients):
         rng = np.random.default_rng([seed, _STREAM_PATIENT, number])
