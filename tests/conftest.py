@@ -25,6 +25,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first; then the slow ones, longest first, so that no process waits for another one's last test."""
+
+    def place(item: pytest.Item) -> tuple[bool, float]:
+        slow = item.get_closest_marker("slow")
+        return slow is not None, -float(slow.kwargs.get("seconds", 10)) if slow else 0.0
+
+    items.sort(key=place)
+
+
 def make_records(*, patients: int, images: int = 2, side: int = 8, spatial_dims: int = 2) -> list[dict]:
     """Records of ``patients`` patients with ``images`` images each, of noise whose mean tells the label."""
     generator = torch.Generator().manual_seed(0)

@@ -174,6 +174,7 @@ def test_texts_with_brackets_are_shown_as_they_are(tmp_path):
     assert "see [/data/run1]" in done.stdout
 
 
+@pytest.mark.slow(seconds=20)
 def test_ledger_what_if_has_an_exit_code_for_no(ledger):
     run = ["ledger", "what-if", ledger, "--num-patients", 100, "--expected-batch-size", 10, "--steps", 20]
     before = ledger.read_bytes()

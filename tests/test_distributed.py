@@ -61,7 +61,7 @@ def run_two(script: str, folder: Path, *, fails: bool = False) -> None:
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 def test_noise_is_added_once_and_weights_agree_and_empty_shares_stay_in_step(tmp_path):
     run_two(
         """
@@ -85,7 +85,7 @@ def test_noise_is_added_once_and_weights_agree_and_empty_shares_stay_in_step(tmp
     assert 2 * min(stats.chi2.cdf(statistic, count), stats.chi2.sf(statistic, count)) > FALSE_ALARM
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 def test_the_step_is_that_of_one_process(tmp_path):
     run_two(
         """
@@ -107,7 +107,7 @@ def test_the_step_is_that_of_one_process(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "rank1.pt"), before - weights(network), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 def test_refusals_reach_every_process(tmp_path):
     run_two(
         """
@@ -134,7 +134,7 @@ def test_refusals_reach_every_process(tmp_path):
         assert "is spent" in (tmp_path / f"budget{rank}.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 def test_a_report_that_only_the_first_process_writes_holds_nobody_up(tmp_path):
     run_two(
         """

@@ -300,6 +300,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow(seconds=30)
 def test_kill_nine_in_the_middle_then_resume_never_under_counts(tmp_path):
     script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent))
     released = 0

@@ -284,6 +284,7 @@ def test_a_budget_sets_the_delta(path: Path) -> None:
     assert found.entries[0].delta == PLAN.delta
 
 
+@pytest.mark.slow(seconds=20)
 def test_image_level_runs_say_what_holds_for_patients_with_several(path: Path) -> None:
     plan = dataclasses.replace(PLAN, unit="image")
     event = run(path, plan=plan, steps=2)

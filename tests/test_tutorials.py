@@ -102,7 +102,7 @@ def test_paths_of_machines_are_recognised(text):
     assert MACHINE_PATH.search(text)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 @each_notebook
 def test_notebook_runs(path, tmp_path, monkeypatch):
     temporary, working = tmp_path / "temporary", tmp_path / "working"

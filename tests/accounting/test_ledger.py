@@ -439,7 +439,7 @@ def test_two_processes_never_overspend_together(path: Path, fork: Fork) -> None:
     assert book.epsilon(budget.delta) <= budget.epsilon
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=15)
 def test_two_processes_killed_at_any_point_never_overspend(tmp_path: Path, fork: Fork) -> None:
     """200 kills: what was acknowledged is on the ledger, and what all may still do fits the budget."""
     budget, chance, acknowledged = PrivacyBudget(8.0, 1e-5), random.Random(1), 0

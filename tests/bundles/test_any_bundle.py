@@ -164,7 +164,7 @@ def test_what_cannot_be_private_is_refused_at_run_time(tmp_path):
     assert not (root / "data" / "ledger.jsonl").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_with_the_bundles_own_multi_gpu_overlay(tmp_path):
     root = write_bundle(tmp_path / "bundle")
     overlay, _ = overlays(root)

@@ -454,7 +454,7 @@ def test_a_folder_is_classified_by_its_pattern(plain, data, tmp_path):
 # ------------------------------------------------------------------ several processes
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_two_processes_train_one_private_network(data, tmp_path):
     values = {
         "dataset_dir": data.folder,

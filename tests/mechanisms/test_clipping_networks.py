@@ -27,7 +27,7 @@ PATIENTS = torch.tensor([3, 1, 3])
 
 
 def marked(name: str):
-    return pytest.param(name, marks=[pytest.mark.slow] if CASES[name].slow else [])
+    return pytest.param(name, marks=[pytest.mark.slow(seconds=30)] if CASES[name].slow else [])
 
 
 @pytest.mark.parametrize("name", [marked(name) for name in CASES])
