@@ -30,6 +30,7 @@ from monai_privacy.bundle_cli import check, overlay
 from monai_privacy.errors import user_message
 from monai_privacy.ledger_cli import NO
 from monai_privacy.ledger_cli import app as ledger_app
+from monai_privacy.pate_cli import app as pate_app
 from monai_privacy.plan import DPSGDPlan
 from monai_privacy.report import PrivacyReport, rounded_up
 from monai_privacy.report.verification import differences, read_report
@@ -45,6 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(pate_app, name="pate")
 app.command()(check)
 app.command()(overlay)
 

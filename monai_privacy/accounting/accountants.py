@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 
 import numpy as np
@@ -38,6 +38,7 @@ from monai_privacy.accounting.divergences import (
     without_amplification,
 )
 from monai_privacy.accounting.events import composed, leaves
+from monai_privacy.accounting.gaussian import gaussian_delta, gaussian_epsilon
 from monai_privacy.accounting.values import PrivacyBudget, checked_count, checked_delta
 
 _INTERVAL = 1e-4
@@ -45,8 +46,10 @@ _INTERVAL = 1e-4
 _SMALL_EPSILON = 0.1
 _FINE_INTERVAL = 1e-5
 _COARSE_INTERVAL = 1e-3
-# Above this ε a PLD needs much memory and time, and no decision hangs on the difference.
-_LARGE_EPSILON = 100.0
+# Above this ε the discretisation grows with it, in powers of two so that single steps are computed once: a hundred thousand
+# points resolve a privacy loss to five digits, and a PLD of millions takes minutes.
+_LARGE_EPSILON = 20.0
+_LARGEST_EPSILON = 1e6
 
 # Composing by FFT rounds δ by up to 3e-17 a step (measured against exact Gaussians, up to 1e6 steps), either way, which at
 # δ = 1e-12 understates ε. Nine times that is taken off δ, so that the bound stays one.
@@ -65,11 +68,13 @@ class EpsilonBounds:
             events for which only Rényi divergences are known, such as tuning, beside others: the sum of one bound for
             those and one for the others, at half δ each.
         rdp: by Rényi divergences (Mironov 2017), converted by Canonne et al. 2020, Proposition 12.
+        closed_form: whether ``pld`` is the exact number, as it is where all releases are Gaussian.
     """
 
     delta: float
     pld: float
     rdp: float
+    closed_form: bool = False
 
     @property
     def epsilon(self) -> float:
@@ -79,6 +84,8 @@ class EpsilonBounds:
     @property
     def accountant(self) -> str:
         """Name and version of the accountant whose bound is the claim."""
+        if self.closed_form and self.pld <= self.rdp:
+            return "closed form of Gaussian releases"
         name = "PLD" if self.pld <= self.rdp else "RDP"
         return f"dp-accounting {version('dp-accounting')} {name}"
 
@@ -107,8 +114,20 @@ def _bounds(items: Counts, delta: float) -> EpsilonBounds:
     if not items:
         return EpsilonBounds(delta=delta, pld=0.0, rdp=0.0)
     by_rdp = _rdp_epsilon(items, delta)
+    mu = _mu_of_gaussians(items)
+    if mu is not None:
+        return EpsilonBounds(delta=delta, pld=gaussian_epsilon(mu, delta), rdp=by_rdp, closed_form=True)
     by_pld = _pld_where_known(items, delta, by_rdp)
     return EpsilonBounds(delta=delta, pld=by_pld, rdp=by_rdp)
+
+
+def _mu_of_gaussians(items: Counts) -> float | None:
+    """μ of all releases together where all are Gaussian; None where one is not."""
+    if not all(isinstance(leaf, dp_event.GaussianDpEvent) for leaf, _ in items):
+        return None
+    mu = math.sqrt(math.fsum(count / leaf.noise_multiplier**2 for leaf, count in items))
+    # Beyond that the closed form loses its digits, and nobody claims such an ε.
+    return mu if 1e-6 < mu < 1e3 else None
 
 
 def _pld_where_known(items: Counts, delta: float, by_rdp: float) -> float:
@@ -119,12 +138,19 @@ def _pld_where_known(items: Counts, delta: float, by_rdp: float) -> float:
     if others:
         return _bounds(known, delta / 2).epsilon + _rdp_epsilon(others, delta / 2)
     tight = all(has_tight_divergence(leaf) for leaf, _ in items)
-    if tight and by_rdp > _LARGE_EPSILON:
+    if tight and by_rdp > _LARGEST_EPSILON:
         return math.inf
-    by_pld = _pld_epsilon(items, delta, _INTERVAL)
+    by_pld = _pld_epsilon(items, delta, _INTERVAL * _coarseness(items, by_rdp))
     if tight and min(by_pld, by_rdp) < _SMALL_EPSILON:
         by_pld = min(by_pld, _pld_epsilon(items, delta, _FINE_INTERVAL))
     return by_pld
+
+
+def _coarseness(items: Counts, by_rdp: float) -> int:
+    """How many times the usual interval: 1 up to an ε of 20; of events whose RDP bound says little, always."""
+    if by_rdp <= _LARGE_EPSILON or not all(has_tight_divergence(leaf) for leaf, _ in items):
+        return 1
+    return 2 ** math.ceil(math.log2(by_rdp / _LARGE_EPSILON))
 
 
 def coarse_epsilon(event: DpEvent, delta: float) -> float:
@@ -132,9 +158,9 @@ def coarse_epsilon(event: DpEvent, delta: float) -> float:
     delta = checked_delta(delta)
     items = tuple(leaves(event).items())
     by_rdp = _rdp_epsilon(items, delta)
-    if by_rdp >= _LARGE_EPSILON or not all(has_distribution(leaf) for leaf, _ in items):
+    if by_rdp > _LARGEST_EPSILON or not items or not all(has_distribution(leaf) for leaf, _ in items):
         return by_rdp
-    interval = max(_COARSE_INTERVAL, *(8 * finest_interval(leaf) for leaf, _ in items)) if items else _COARSE_INTERVAL
+    interval = max(_COARSE_INTERVAL * _coarseness(items, by_rdp), *(8 * finest_interval(leaf) for leaf, _ in items))
     return min(by_rdp, _pld_epsilon(items, delta, interval))
 
 
@@ -146,25 +172,48 @@ def affordable_steps(step: DpEvent, budget: PrivacyBudget, *, spent: DpEvent | N
     checked_count("at_most", at_most)
     before = [] if spent is None else [spent]
 
-    def fits(steps: int, bound: Callable[[DpEvent, float], float]) -> bool:
-        event = composed([*before, dp_event.SelfComposedDpEvent(step, steps)])
-        return bound(event, budget.delta) <= budget.epsilon
+    def excess(steps: int, bound: Callable[[DpEvent, float], float]) -> float:
+        event = composed([*before, dp_event.SelfComposedDpEvent(step, steps)] if steps else before)
+        return math.log(max(bound(event, budget.delta), 1e-12) / budget.epsilon)
 
-    def largest(low: int, high: int, bound: Callable[[DpEvent, float], float]) -> int:
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle, bound) else (low, middle)
-        return low
+    # Fast bounds first, none below the claim: each says from where on to ask the next, and the claim is asked a few times.
+    most = 0
+    for bound in (rdp_epsilon, coarse_epsilon, epsilon):
+        most = _largest(partial(excess, bound=bound), start=most, at_most=at_most)
+    return most
 
-    # What RDP allows fits. From there upwards, so that no PLD far above the budget is computed: it would take long.
-    low, high = largest(0, at_most + 1, rdp_epsilon), at_most + 1
-    while low < at_most:
-        more = min(at_most, low + max(1, low // 2))
-        if not fits(more, epsilon):
-            high = more
-            break
-        low = more
-    return largest(low, high, epsilon)
+
+def _largest(excess: Callable[[int], float], *, start: int, at_most: int) -> int:
+    """The largest number up to ``at_most`` where ``excess``, which never falls, is at most 0; 0 where there is none.
+
+    From ``start`` to either side of it, then false position with bisection in turn.
+    """
+    low, high = start, at_most + 1
+    at_low = excess(low) if low else -1.0
+    at_high = math.inf
+    if at_low > 0:
+        low, at_low, high, at_high = 0, -1.0, low, at_low
+    while high > at_most and low < at_most:
+        # ε grows about as the root of the steps; a little more, to get past.
+        guess = min(at_most, max(low + 1, math.ceil(low * math.exp(-2 * at_low) * 1.002)) if low else 1 + at_most // 64)
+        value = excess(guess)
+        if value > 0:
+            high, at_high = guess, value
+        else:
+            low, at_low = guess, value
+    turn = 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        if turn % 2 == 0 and low and math.isfinite(at_high):
+            share = -at_low / (at_high - at_low)
+            middle = min(high - 1, max(low + 1, low + round((high - low) * share)))
+        value = excess(middle)
+        if value > 0:
+            high, at_high = middle, value
+        else:
+            low, at_low = middle, value
+        turn += 1
+    return low
 
 
 def rdp_epsilon(event: DpEvent, delta: float) -> float:
@@ -260,14 +309,18 @@ def delta_of(event: DpEvent, epsilons: NDArray[np.float64]) -> NDArray[np.float6
     items = tuple(leaves(event).items())
     if not items:
         return np.zeros(len(epsilons))
+    mu = _mu_of_gaussians(items)
+    if mu is not None:
+        return np.array([gaussian_delta(mu, float(value)) for value in epsilons])
     curve = _rdp_curve(items)
     by_rdp = np.array([float(compute_delta(ORDERS, curve, value)[0]) for value in epsilons])
     tight = all(has_tight_divergence(leaf) for leaf, _ in items)
     if not all(has_distribution(leaf) for leaf, _ in items):
         return by_rdp
-    if tight and _rdp_epsilon(items, 1e-5) > _LARGE_EPSILON:
+    usual = _rdp_epsilon(items, 1e-5)
+    if tight and usual > _LARGEST_EPSILON:
         return by_rdp
-    total, rounding = _composed_pld(items, _INTERVAL)
+    total, rounding = _composed_pld(items, _INTERVAL * _coarseness(items, usual))
     # One by one: for a whole array the library walks through the distribution in Python.
     by_pld = np.array([float(total.get_delta_for_epsilon(float(value))) for value in epsilons]) + rounding
     return np.minimum(1.0, np.minimum(by_pld, by_rdp))

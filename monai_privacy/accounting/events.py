@@ -134,12 +134,46 @@ def vote_threshold_event(*, noise_std: float, questions: int = 1, teachers_per_p
 def lnmax_event(*, noise_scale: float, answers: int = 1, teachers_per_patient: int = 1) -> DpEvent:
     """The event of ``answers`` labels by LNMax: the class with most votes after Laplace noise on each count.
 
-    A patient who is in t teachers moves at most t votes from one class to another: 2t in L1.
+    A patient who is in t teachers moves at most t votes from one class to another: at most t in each of two counts, or
+    the same spread over more, which costs less. (Of two counts moved by a and b, in units of the scale, δ(ε) is
+    1 - (1 + min(x, a, b) / 2) / e^x with x = (a + b - ε) / 2, and 1 - 1 / e^x of one moved by a + b.)
 
     Reference: Papernot et al. 2017, arXiv:1610.05755, Section 2.
     """
-    sensitivity = 2 * checked_count("teachers_per_patient", teachers_per_patient)
-    answer = laplace_event(checked_positive("noise_scale", noise_scale) / sensitivity)
+    scale = checked_positive("noise_scale", noise_scale)
+    count = laplace_event(scale / checked_count("teachers_per_patient", teachers_per_patient))
+    return dp_event.SelfComposedDpEvent(count, 2 * checked_count("answers", answers))
+
+
+def noisy_count_event(*, noise_std: float, answers: int = 1, teachers_per_patient: int = 1) -> DpEvent:
+    """The event of publishing ``answers`` counts of the teachers that say yes, with Gaussian noise.
+
+    A patient who is in t teachers moves a count by at most t. What is made of the count, an abstention too, is free.
+    """
+    return vote_threshold_event(noise_std=noise_std, questions=answers, teachers_per_patient=teachers_per_patient)
+
+
+def label_votes_event(
+    *, noise_std: float, num_labels: int, most_positives: int, answers: int = 1, teachers_per_patient: int = 1
+) -> DpEvent:
+    """The event of publishing, of ``answers`` queries, the counts of all labels with Gaussian noise on each.
+
+    Each teacher says yes to at most ``most_positives`` labels, so that its votes have an L2 norm of at most τ, the
+    square root of that. A patient who is in t teachers replaces t such vectors, none with a negative part: √2 τ t in L2,
+    and never more than every label of t teachers.
+
+    Args:
+        noise_std: standard deviation of the noise on each count, in votes.
+        num_labels: labels of a query.
+        most_positives: τ², enforced before the votes are counted.
+        answers: number of queries answered, with all their labels.
+        teachers_per_patient: most teachers that saw one patient.
+
+    Reference: τ voting of Dziedzic et al. 2022, arXiv:2211.15410, Section 4.2.
+    """
+    moved = min(2 * checked_count("most_positives", most_positives), checked_count("num_labels", num_labels))
+    sensitivity = math.sqrt(moved) * checked_count("teachers_per_patient", teachers_per_patient)
+    answer = gaussian_event(checked_positive("noise_std", noise_std) / sensitivity)
     return dp_event.SelfComposedDpEvent(answer, checked_count("answers", answers))
 
 

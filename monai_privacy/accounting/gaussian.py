@@ -40,6 +40,8 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
     if math.isinf(epsilon):
         return 0.0
     upper, lower = float(log_ndtr(mu / 2 - epsilon / mu)), float(epsilon + log_ndtr(-mu / 2 - epsilon / mu))
+    if math.isinf(upper):
+        return 0.0
     # exp(upper) - exp(lower), where both may be tiny.
     return math.exp(upper) * -math.expm1(min(lower - upper, 0.0))
 
@@ -64,8 +66,12 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 def gaussian_mu(epsilon: float, delta: float) -> float:
     """The largest μ for which Gaussian releases are (``epsilon``, ``delta``)-DP together, rounded down."""
     epsilon, delta = checked_epsilon(epsilon), checked_delta(delta)
-    low, high = 1e-12, 1.0
-    while gaussian_delta(high, epsilon) <= delta and high < _MOST:
+    low, high = 1.0, 1.0
+    while gaussian_delta(low, epsilon) > delta:
+        low, high = low / 2, low
+    while gaussian_delta(high, epsilon) <= delta:
+        if high > _MOST:
+            return high
         low, high = high, 2 * high
     return _bisected(low, high, lambda mu: gaussian_delta(mu, epsilon) > delta)[0]
 

@@ -389,6 +389,40 @@ class PrivacyLedger:
             self._append({"kind": "step", "entry": entry_id, "step": entry.steps + 1})
             return entry.steps + 1
 
+    def record_steps(self, entry_id: str, count: int, *, after: int | None = None) -> int:
+        """Charge several steps of a run in one line, all or none; only when this returns may they be released.
+
+        Args:
+            entry_id: the run.
+            count: how many.
+            after: charge only where the run has recorded so many steps, and where it has recorded these already, do
+                nothing: whoever was interrupted here can ask again without being charged twice.
+
+        Returns:
+            The number of the last of them.
+
+        Raises:
+            PrivacyBudgetError: where so many were not reserved; nothing is charged.
+            LedgerError: where the line cannot be written; nothing may be released.
+            ValueError: where the run has recorded another number of steps than ``after``.
+        """
+        number = checked_count("count", count)
+        with self._file.locked():
+            self._refresh()
+            entry = self._known(entry_id)
+            if after is not None and entry.steps == after + number:
+                return entry.steps
+            if after is not None and entry.steps != after:
+                raise ValueError(
+                    f"entry {entry_id[:8]} of {self.path} has recorded {entry.steps} steps, not {after}: another process "
+                    "charges the same run. Let one process answer at a time."
+                )
+            if number > entry.steps_left:
+                raise PrivacyBudgetError(messages.full(self.path, self.budget, entry))
+            record = {"kind": "step", "entry": entry_id, "step": entry.steps + number, "count": number}
+            self._append(record)
+            return entry.steps + number
+
     def _room(self, entry: LedgerEntry, fewest_steps: int | None) -> int:
         """Steps that this run may have in all; raises where they are fewer than it needs."""
         self._state.check_new(entry)

@@ -285,8 +285,12 @@ class LedgerState:
             self.check_new(entry)
         elif entry is None:
             raise ValueError(f"{kind!r} is not expected here")
-        elif kind == "step" and record["step"] == entry.steps + 1 and entry.steps_left:
-            entry = replace(entry, steps=entry.steps + 1)
+        elif (
+            kind == "step"
+            and _number_of_steps(record) <= entry.steps_left
+            and record["step"] == (entry.steps + _number_of_steps(record))
+        ):
+            entry = replace(entry, steps=record["step"])
         elif kind == "commit" and entry.state == "reserved" and record["steps"] == entry.steps and entry.steps:
             artifacts = {**entry.artifacts, **_texts(record["artifacts"])}
             entry = replace(entry, state="committed", granted=entry.steps, artifacts=artifacts)
@@ -339,6 +343,11 @@ def entry_from(record: Mapping[str, Any]) -> LedgerEntry:
     if isinstance(size, bool) or not isinstance(size, int):
         raise ValueError(f"num_patients is {size!r} among the facts, but it must be a whole number")
     return replace(entry, granted=_granted(record["granted"], entry))
+
+
+def _number_of_steps(record: Mapping[str, Any]) -> int:
+    """How many steps a line records; one where it does not say."""
+    return checked_count("count", record.get("count", 1))
 
 
 def _granted(value: Any, entry: LedgerEntry) -> int:

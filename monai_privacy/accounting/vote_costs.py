@@ -79,9 +79,7 @@ def lnmax_log_q(votes: ArrayLike, noise_scale: float) -> _Array:
 
     Reference: Papernot et al. 2017, arXiv:1610.05755, Lemma 4.
     """
-    return _union(
-        _gaps(votes) / checked_positive("noise_scale", noise_scale), lambda gap: np.log((2 + gap) / 4) - gap
-    )
+    return _union(_gaps(votes) / checked_positive("noise_scale", noise_scale), lambda gap: np.log((2 + gap) / 4) - gap)
 
 
 def threshold_log_probability(largest: ArrayLike, threshold: float, noise_std: float) -> _Array:
@@ -188,5 +186,5 @@ def _log_one_minus(logs: _Array) -> _Array:
 def _checked_orders(orders: ArrayLike) -> _Array:
     alpha = np.atleast_1d(np.asarray(orders, dtype=np.float64))[None, :]
     if not np.all(np.isfinite(alpha)) or np.any(alpha <= 1):
-        raise ValueError(f"orders are {orders}, but each must be a finite number above 1.")
+        raise ValueError(f"orders are {orders!r}, but each must be a finite number above 1.")
     return alpha

@@ -220,6 +220,11 @@ def test_closed_form_is_an_upper_bound_and_no_looser_than_rounding(mu, delta):
         assert gaussian_mu(found, delta) == pytest.approx(mu, rel=1e-6)
 
 
+@given(epsilon=st.floats(-13, 300).map(lambda x: 10**x), delta=st.floats(-20, -1).map(lambda x: 10**x))
+def test_mu_for_a_target_keeps_it_however_odd_it_is(epsilon, delta):
+    assert gaussian_delta(gaussian_mu(epsilon, delta), epsilon) <= delta
+
+
 @given(
     st.lists(st.integers(0, 60), min_size=2, max_size=6),
     st.floats(0.3, 200),

@@ -1,0 +1,127 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The answers given so far: written before they leave, so that no query is answered twice, or charged twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from monai_privacy.accounting.ledger_file import LedgerError, LedgerFile
+
+__all__ = ["Answer", "AnswerFile"]
+
+FORMAT = 1
+Answer = int | tuple[int, ...]
+
+
+class AnswerFile:
+    """A chained, append-only file of what was asked, paid for and answered; it holds no vote.
+
+    The order of its lines is the order of things: the charge that is about to be made ("ask", "pay"), then what came
+    of it ("passed", "answers"). Whoever is interrupted between the two has paid and released nothing, and goes on there.
+
+    Args:
+        path: the file; made where it is missing.
+
+    Raises:
+        LedgerError: where it is damaged or cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file = LedgerFile(self.path)
+        #: What the answers belong to: mechanism, teachers, entries of the ledger.
+        self.heading: dict[str, Any] = {}
+        #: What every query was answered; -1 where it was not to be.
+        self.answers: dict[str, Answer] = {}
+        #: Queries that are to be answered, by the outcome of their question.
+        self.passed: set[str] = set()
+        #: Charges that were about to be made: kind, number of steps charged before, queries.
+        self.unsettled: tuple[str, int, tuple[str, ...]] | None = None
+        #: Queries whose question, or answer, is paid for and not yet drawn.
+        self.paid: dict[str, set[str]] = {"ask": set(), "pay": set()}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The file is this process's alone, and known to its end."""
+        with self._file.locked():
+            for record in self._file.read_new():
+                try:
+                    self._apply(record)
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise LedgerError(f"{self.path}, line {record['line']}: it cannot be read ({error}).") from error
+            yield
+
+    def begin(self, heading: Mapping[str, Any]) -> None:
+        """Write the first line."""
+        self._write({"kind": "open", "format": FORMAT, "heading": dict(heading)})
+
+    def intend(self, kind: str, after: int, queries: Sequence[str]) -> None:
+        """Say which queries are about to be charged, for their question ("ask") or their answer ("pay")."""
+        self._write({"kind": kind, "after": after, "queries": list(queries)})
+
+    def settle(self) -> None:
+        """The charge was made."""
+        if self.unsettled is not None:
+            kind, _, queries = self.unsettled
+            self.paid[kind].update(queries)
+            self.unsettled = None
+
+    def drop(self) -> None:
+        """The charge was not made, and never will be."""
+        self._write({"kind": "dropped"})
+
+    def write_passed(self, outcomes: Mapping[str, bool]) -> None:
+        """The outcomes of questions."""
+        self._write({"kind": "passed", "queries": list(outcomes), "passed": list(outcomes.values())})
+
+    def write_answers(self, answers: Mapping[str, Answer]) -> None:
+        """Answers, before anybody sees them."""
+        self._write({"kind": "answers", "queries": list(answers), "labels": list(answers.values())})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.append(record)
+        for read in self._file.read_new():
+            self._apply(read)
+
+    def _apply(self, record: Mapping[str, Any]) -> None:
+        kind = record["kind"]
+        if kind == "open" and not self.heading:
+            if record["format"] != FORMAT:
+                raise ValueError(f"format {record['format']!r} is unknown to this version, which reads {FORMAT}")
+            self.heading = dict(record["heading"])
+        elif kind in ("ask", "pay") and self.heading:
+            # Nobody intends a charge before the last one was made, or is known to have been dropped.
+            self.settle()
+            self.unsettled = (kind, int(record["after"]), tuple(record["queries"]))
+        elif kind == "dropped":
+            self.unsettled = None
+        elif kind == "passed" and self.heading:
+            self.settle()
+            for query, passed in zip(record["queries"], record["passed"], strict=True):
+                self.paid["ask"].discard(query)
+                if passed:
+                    self.passed.add(query)
+                else:
+                    self.answers[query] = -1
+        elif kind == "answers" and self.heading:
+            self.settle()
+            for query, label in zip(record["queries"], record["labels"], strict=True):
+                self.paid["pay"].discard(query)
+                self.passed.discard(query)
+                self.answers[query] = tuple(label) if isinstance(label, list) else int(label)
+        else:
+            raise ValueError(f"{kind!r} is not expected here")
