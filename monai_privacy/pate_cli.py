@@ -22,6 +22,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from monai_privacy.ledger_cli import NO
@@ -31,6 +32,9 @@ from monai_privacy.report.numbers import rounded_up
 
 app = typer.Typer(help="Label public images by a private vote of the hospitals' teachers.", no_args_is_help=True)
 
+KeyFile = Annotated[
+    Path | None, typer.Option(help="File of the key that the patients were divided with; beside the shards otherwise.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 # e^20 is 500 million to one.
@@ -89,6 +93,189 @@ def plan(
     if not as_json:
         print(f"refused: {found.refusal} --allow-uninformative overrides.")
     raise typer.Exit(NO)
+
+
+@app.command()
+def partition(
+    datalist: Annotated[Path, typer.Argument(help="The datalist.json of the prepared images.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    teachers: Annotated[int, typer.Option(help="Teachers; of each hospital where --hospital-key is given.")],
+    key_file: Annotated[
+        Path | None, typer.Option(help="File of the secret key, made where missing; beside the shards otherwise.")
+    ] = None,
+    hospital_key: Annotated[str | None, typer.Option(help="Entry of a record that names its hospital.")] = None,
+    teachers_per_patient: Annotated[int, typer.Option(help="Most teachers that one patient may be in.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Divide the training patients among teachers, each whole and by a keyed hash of its id alone."""
+    from monai_privacy.pate.steps import key_from_file
+    from monai_privacy.pate.training import write_shards
+
+    output.mkdir(parents=True, exist_ok=True)
+    key_path = key_file or output / "partition.key"
+    made = write_shards(
+        datalist, output, teachers, key=key_from_file(key_path, make=True),
+        teachers_per_patient=teachers_per_patient, hospital_key=hospital_key,
+    )  # fmt: skip
+    sizes = sorted(len(rows) for rows in made.rows)
+    found = {
+        "teachers": made.num_teachers,
+        "hospitals": list(made.hospitals),
+        "images_per_teacher": [sizes[0], sizes[len(sizes) // 2], sizes[-1]],
+        "empty": list(made.empty_teachers),
+        "folder": str(output),
+        "key": str(key_path),
+    }
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(
+        f"{output}: {made.num_teachers} teachers, {sizes[0]} to {sizes[-1]} images each, {sizes[len(sizes) // 2]} median"
+    )
+    if made.empty_teachers:
+        print(f"{counted(len(made.empty_teachers), 'teacher')} without images: they vote for a fixed class")
+    print(f"{key_path}: the key. Keep it secret: with it, anybody can tell whether a known patient is in")
+
+
+@app.command()
+def train_teachers(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle that each teacher is trained by.")],
+    shards: Annotated[Path, typer.Argument(help="Folder of the shards, from partition.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the teachers.")],
+    config: Annotated[
+        list[str] | None, typer.Option(help="Training config, and overlays after it, relative to the bundle.")
+    ] = None,
+    override: Annotated[list[str] | None, typer.Option(help="Further entries, as name=value.")] = None,
+    data_key: Annotated[str, typer.Option(help="Config entry for the folder with a datalist.json.")] = "dataset_dir",
+    output_key: Annotated[str, typer.Option(help="Config entry for the folder of results.")] = "output_dir",
+    checkpoint: Annotated[str, typer.Option(help="The file that a training leaves there.")] = "model.pt",
+    key_file: KeyFile = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Trainings side by side; as many as fit the memory otherwise.")
+    ] = None,
+) -> None:
+    """Train a teacher on each shard; those already trained are kept, so that it can be stopped and begun again."""
+    from monai_privacy.data.partition_manifest import read_manifest
+    from monai_privacy.pate.steps import key_from_file
+    from monai_privacy.pate.training import MANIFEST, TeacherRecipe, train_teachers
+
+    recipe = TeacherRecipe(
+        bundle.absolute(), tuple(config or ["configs/train.yaml"]), data_key, output_key, checkpoint,
+        tuple(sorted(_overrides(override).items())),
+    )  # fmt: skip
+    manifest = read_manifest(shards / MANIFEST, key_from_file(key_file or shards / "partition.key"))
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("teachers", total=manifest.num_teachers)
+        found = train_teachers(
+            recipe, manifest, shards, output, workers=workers,
+            on_done=lambda done, total: progress.update(task, completed=done, total=total),
+        )  # fmt: skip
+    print(f"{output}: {counted(len(found), 'teacher')}, SHA-256 {found.digest[:16]}")
+
+
+@app.command()
+def vote(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the teachers' bundle.")],
+    teachers: Annotated[Path, typer.Argument(help="Folder of the teachers.")],
+    output: Annotated[Path, typer.Argument(help="File for the votes, which are private.")],
+    hospital: Annotated[str, typer.Option(help="Name of the hospital that these teachers are of.")],
+    classes: Annotated[int, typer.Option(help="Classes to vote for.")] = 2,
+    config: Annotated[
+        list[str] | None, typer.Option(help="Inference config, and overlays after it, relative to the bundle.")
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="Further entries, such as dataset_dir=<the images to be labelled>.")
+    ] = None,
+) -> None:
+    """Let a hospital's teachers vote on images, and write their votes to a file; teachers never leave the hospital."""
+    from monai_privacy.pate.hospital_votes import write_hospital_votes
+    from monai_privacy.pate.steps import hospital_votes_of
+    from monai_privacy.pate.teachers import TeacherSet
+
+    changes = _overrides(override)
+    group = TeacherSet.from_folder(teachers)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("teachers", total=len(group))
+        found, files = hospital_votes_of(
+            bundle.absolute(), group, hospital=hospital, num_classes=classes,
+            config_files=tuple(config or ["configs/inference.yaml"]), overrides=changes,
+            on_teacher=lambda _: progress.advance(task),
+        )  # fmt: skip
+    write_hospital_votes(found, output)
+    queries = output.with_suffix(".queries.json")
+    queries.write_text(json.dumps(dict(zip(found.queries, files, strict=True)), indent=1) + "\n", encoding="utf-8")
+    asked = f"{counted(len(found.queries), 'query')} by {counted(len(group), 'teacher')}"
+    print(f"{output}: {asked}; PRIVATE: for the aggregator alone")
+    print(f"{queries}: which file is which query")
+
+
+@app.command()
+def label(
+    votes: Annotated[list[Path], typer.Argument(help="A file of votes from each hospital.")],
+    ledger: Annotated[Path, typer.Option(help="Ledger of the hospitals' patients.")],
+    output: Annotated[Path, typer.Option(help="CSV for the labels.")],
+    epsilon: Annotated[float, typer.Option(help="The ε that all labels together may cost a patient.")],
+    delta: Annotated[float, typer.Option(help="The δ of it, well below 1 / number of patients.")] = 1e-5,
+    answers: Annotated[
+        Path | None, typer.Option(help="File that remembers answers; beside the ledger otherwise.")
+    ] = None,
+    max_queries: Annotated[
+        int | None, typer.Option(help="Queries that the noise is for; these where not given.")
+    ] = None,
+    teachers_per_patient: Annotated[int, typer.Option(help="Most teachers that saw one patient.")] = 1,
+    num_patients: Annotated[int | None, typer.Option(help="Patients behind all teachers, for the report.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="The .queries.json that names the files.")] = None,
+    purpose: Annotated[str, typer.Option(help="Who asks and why, for the report.")] = "",
+    allow_uninformative: Annotated[
+        bool, typer.Option("--allow-uninformative", help="Accept labels that teach a student little.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Add up the hospitals' votes and release noisy labels, charged to the ledger before they are drawn."""
+    from monai_privacy.accounting import PrivacyLedger
+    from monai_privacy.pate.hospital_votes import read_hospital_votes
+    from monai_privacy.pate.steps import label_votes, write_labels
+
+    names = {} if queries is None else _query_files(queries)
+    book = PrivacyLedger(ledger)
+    asked, found, vote = label_votes(
+        [read_hospital_votes(path) for path in votes], book, answers or ledger.with_suffix(".answers.jsonl"),
+        epsilon=epsilon, delta=delta, teachers_per_patient=teachers_per_patient, max_queries=max_queries,
+        allow_uninformative=allow_uninformative, num_patients=num_patients, purpose=purpose,
+    )  # fmt: skip
+    write_labels(output, asked, found, names)
+    numbers = {
+        "answered": found.answered, "abstained": found.abstained, "repeated": found.repeated,
+        "unaffordable": found.unaffordable, "noise_std": vote.noise_std, "epsilon": book.epsilon(delta), "delta": delta,
+    }  # fmt: skip
+    if as_json:
+        print(json.dumps(numbers | {"output": str(output)}))
+        return
+    print(f"{output}: {found.answered} of {len(asked)} labelled, {found.repeated} of them known from before")
+    print(f"ε of everything on {ledger}: {rounded_up(numbers['epsilon'], 4)} at δ = {delta:g}")
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"override is {pair!r}, but it must be name=value, such as epochs=3.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _query_files(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {str(query): str(file) for query, file in found.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not name the files of queries ({error}). Take the one that vote wrote."
+        ) from error
 
 
 def _print_advice(found: PlanAdvice, plot: Path | None) -> None:

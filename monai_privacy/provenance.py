@@ -42,13 +42,18 @@ def file_digests(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in paths:
         try:
-            content = Path(path).read_bytes()
+            found[f"config {Path(path).name}"] = file_digest(path)
         except OSError as error:
             raise ValueError(
                 f"config file {path} cannot be read: {error.strerror}. Name the files of this run."
             ) from error
-        found[f"config {Path(path).name}"] = hashlib.sha256(content).hexdigest()
     return found
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Of one file's bytes; an OSError where it cannot be read."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @torch.no_grad()

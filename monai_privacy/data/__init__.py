@@ -20,6 +20,8 @@ from monai_privacy.data.ct_transforms import CropAroundFinding, CropAroundFindin
 from monai_privacy.data.datalist import bundle_records, write_datalist
 from monai_privacy.data.dicom_series import CTSeries, CTTree, read_ct_series
 from monai_privacy.data.loading import LogicalBatch, count_units, poisson_loader, units_of
+from monai_privacy.data.partition import PatientPartition, new_partition_key, partition_patients, write_manifest
+from monai_privacy.data.partition_manifest import PartitionManifest, read_manifest
 from monai_privacy.data.patients import with_patient_ids
 from monai_privacy.data.sampling import PoissonPatientSampler
 from monai_privacy.data.source import ImageSource, count_patients
@@ -38,20 +40,26 @@ __all__ = [
     "LoadChestXRay",
     "LoadChestXRayd",
     "LogicalBatch",
+    "PartitionManifest",
+    "PatientPartition",
     "PoissonPatientSampler",
     "RepeatViewsd",
     "SyntheticNodules",
     "bundle_records",
     "count_patients",
     "count_units",
+    "new_partition_key",
+    "partition_patients",
     "poisson_loader",
     "read_chest_xrays",
     "read_ct_series",
     "read_ct_volumes",
+    "read_manifest",
     "split_patients",
     "units_of",
     "with_patient_ids",
     "write_datalist",
+    "write_manifest",
     "write_synthetic_chest_xrays",
     "write_synthetic_ct",
 ]

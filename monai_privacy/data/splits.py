@@ -17,7 +17,7 @@ import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 
-__all__ = ["split_patients"]
+__all__ = ["checked_patient_ids", "split_patients"]
 
 
 def split_patients(
@@ -50,7 +50,7 @@ def split_patients(
     edges = _upper_edges(fractions)
     rows: dict[str, list[int]] = {name: [] for name in fractions}
     placed: dict[str, str] = {}
-    for index, patient_id in enumerate(_checked_ids(patient_ids)):
+    for index, patient_id in enumerate(checked_patient_ids(patient_ids)):
         if patient_id not in placed:
             position = _position(patient_id, seed)
             placed[patient_id] = next(name for name, edge in edges if position < edge)
@@ -88,7 +88,8 @@ def _upper_edges(fractions: Mapping[str, float]) -> list[tuple[str, float]]:
     return edges
 
 
-def _checked_ids(patient_ids: Sequence[str]) -> Sequence[str]:
+def checked_patient_ids(patient_ids: Sequence[str]) -> Sequence[str]:
+    """Return ``patient_ids``, or raise ValueError unless each is a text that is not blank."""
     # No message shows an id: it may name a person, and messages end up in logs.
     if isinstance(patient_ids, str):
         raise ValueError(

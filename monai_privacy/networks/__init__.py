@@ -9,23 +9,28 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Networks that can be trained privately: conversion of batch norm, checks, and a small ResNet."""
+"""Networks that can be trained privately: conversion of batch norm, checks, a small ResNet, linear heads."""
 
 from __future__ import annotations
 
 from .batch_norm import FoldedBatchNorm, convert_batch_norm
 from .check import LayerProblem, check_network, find_updated_buffers, require_privately_trainable
 from .conversion import converted_network, load_matching_weights
+from .gradient_histograms import FixedFeatureClassifier, GradientHistograms
+from .linear_head import fit_linear_head
 from .resnet9 import ResNet9
 
 __all__ = [
+    "FixedFeatureClassifier",
     "FoldedBatchNorm",
+    "GradientHistograms",
     "LayerProblem",
     "ResNet9",
     "check_network",
     "convert_batch_norm",
     "converted_network",
     "find_updated_buffers",
+    "fit_linear_head",
     "load_matching_weights",
     "require_privately_trainable",
 ]

@@ -13,6 +13,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from monai_privacy.pate.planning import (
     INFORMATIVE,
     PlanAdvice,
@@ -25,14 +28,33 @@ from monai_privacy.pate.planning import (
     teachers_needed,
 )
 
+if TYPE_CHECKING:
+    from monai_privacy.pate.students import FixMatchTrainer, pseudo_label_loss, split_answers
+
+# Loaded when first asked for: they need torch.
+_HOME = {
+    "FixMatchTrainer": "students",
+    "pseudo_label_loss": "students",
+    "split_answers": "students",
+}
+
 __all__ = [
     "INFORMATIVE",
+    "FixMatchTrainer",
     "PlanAdvice",
     "VotingPlan",
     "advice",
     "epsilon_needed",
     "label_agreement",
     "most_queries",
+    "pseudo_label_loss",
     "require_informative",
+    "split_answers",
     "teachers_needed",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
