@@ -181,8 +181,8 @@ def test_published_settings(asked, threshold, answered, noise, delta, expected):
     assert epsilon(ComposedDpEvent(parts), delta) == pytest.approx(expected, rel=1e-4)
 
 
-# Closed forms of Balle and Wang 2018, by mpmath with 40 digits: one release with sensitivity 2 at noise 2 and 4 (replacing one
-# unit doubles it), and 30 epochs in which each unit comes once, at noise 10.
+# Closed forms of Balle and Wang 2018, by mpmath with 40 digits: one release with sensitivity 2 at noise 2 and 4 (replacing
+# one unit doubles it), and 30 epochs in which each unit comes once, at noise 10.
 @pytest.mark.parametrize(
     ("mu", "delta", "expected"),
     [(1.0, 1e-5, 4.3771780956812245), (0.5, 1e-6, 2.254084650219741), (math.sqrt(30) / 10, 1e-5, 2.2070594697595025)],
