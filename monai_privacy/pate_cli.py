@@ -255,6 +255,52 @@ def label(
     print(f"ε of everything on {ledger}: {rounded_up(numbers['epsilon'], 4)} at δ = {delta:g}")
 
 
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle, such as bundles/covid_ct_pate.")],
+    output: Annotated[Path, typer.Argument(help="Folder for everything; begun again, it goes on.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled images with patients; SYNTHETIC chest X-rays where not given.")
+    ] = None,
+    hospitals: Annotated[int, typer.Option(help="Hospitals that the patients are divided among.")] = 5,
+    teachers: Annotated[int, typer.Option(help="Teachers of each hospital.")] = 20,
+    queries: Annotated[int, typer.Option(help="Most images that the clinic asks about.")] = 100,
+    epsilon: Annotated[float, typer.Option(help="The ε that all labels together may cost a patient.")] = 2.0,
+    delta: Annotated[float, typer.Option(help="The δ of it.")] = 1e-5,
+    seed: Annotated[int, typer.Option(help="Of who is at which hospital.")] = 0,
+    synthetic_patients: Annotated[int, typer.Option(help="How many, without data.")] = 1500,
+    override: Annotated[list[str] | None, typer.Option(help="Further entries, as name=value.")] = None,
+    allow_uninformative: Annotated[
+        bool, typer.Option("--allow-uninformative", help="Go on where the planner refuses.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The whole story on one machine: hospitals' teachers label a clinic's images, and a student learns from them."""
+    from monai_privacy.data import read_chest_xrays, write_synthetic_chest_xrays
+    from monai_privacy.pate.story import PateStory, run_story
+    from monai_privacy.report import PrivacyReport
+
+    story = PateStory(hospitals, teachers, queries, epsilon, delta, seed, allow_uninformative)
+    changes = _overrides(override)
+    if data is None:
+        data = output / "synthetic"
+        if not data.is_dir():
+            write_synthetic_chest_xrays(data, num_patients=synthetic_patients, image_size=96, seed=seed)
+    source = read_chest_xrays(data)
+    found = run_story(bundle, source, output, story, overrides=changes, say=lambda line: print(line, file=sys.stderr))
+    paths = PrivacyReport.from_ledger(output / "ledger.jsonl").write(output / "report")
+    if as_json:
+        print(json.dumps(found.to_dict() | {"synthetic": source.synthetic, "report": [str(path) for path in paths]}))
+        return
+    made_up = "SYNTHETIC images: " if source.synthetic else ""
+    print(
+        f"{made_up}{percent(found.label_accuracy)} of {counted(found.queries, 'label')} right, at ε {found.epsilon:.4g}"
+    )
+    print(f"student: AUC {found.student_auc:.3f} on {counted(found.patients['test'], 'patient')} of the clinic")
+    print(f"the same student with the true labels: AUC {found.ceiling_auc:.3f}")
+    print(f"report: {paths[0].parent}")
+
+
 def _overrides(pairs: list[str] | None) -> dict[str, object]:
     found: dict[str, object] = {}
     for pair in pairs or []:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -58,9 +58,14 @@ def file_digest(path: str | os.PathLike[str]) -> str:
 
 @torch.no_grad()
 def network_digest(network: nn.Module) -> str:
-    """Of every parameter and buffer: name, type, shape and bytes, in the order of the state dict."""
+    """Of every parameter and buffer; see :func:`state_digest`."""
+    return state_digest(network.state_dict())
+
+
+def state_digest(state: Mapping[str, object]) -> str:
+    """Of every tensor of a state dict: name, type, shape and bytes, in its order. Not of the file that holds it."""
     total = hashlib.sha256()
-    for name, value in network.state_dict().items():
+    for name, value in state.items():
         if isinstance(value, torch.Tensor):
             plain = value.detach().cpu().contiguous()
             total.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())

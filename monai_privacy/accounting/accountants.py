@@ -195,7 +195,10 @@ def _largest(excess: Callable[[int], float], *, start: int, at_most: int) -> int
         low, at_low, high, at_high = 0, -1.0, low, at_low
     while high > at_most and low < at_most:
         # ε grows about as the root of the steps; a little more, to get past.
-        guess = min(at_most, max(low + 1, math.ceil(low * math.exp(-2 * at_low) * 1.002)) if low else 1 + at_most // 64)
+        guess = min(
+            at_most,
+            max(low + 1, math.ceil(low * math.exp(min(50.0, -2 * at_low)) * 1.002)) if low else 1 + at_most // 64,
+        )
         value = excess(guess)
         if value > 0:
             high, at_high = guess, value

@@ -389,14 +389,15 @@ class PrivacyLedger:
             self._append({"kind": "step", "entry": entry_id, "step": entry.steps + 1})
             return entry.steps + 1
 
-    def record_steps(self, entry_id: str, count: int, *, after: int | None = None) -> int:
+    def record_steps(self, entry_id: str, count: int, *, after: int | None = None, token: str = "") -> int:
         """Charge several steps of a run in one line, all or none; only when this returns may they be released.
 
         Args:
             entry_id: the run.
             count: how many.
-            after: charge only where the run has recorded so many steps, and where it has recorded these already, do
-                nothing: whoever was interrupted here can ask again without being charged twice.
+            after: charge only where the run has recorded so many steps.
+            token: a name for this charge, never used before: where it is the last one recorded, nothing is charged, so that
+                whoever was interrupted here can ask again.
 
         Returns:
             The number of the last of them.
@@ -410,7 +411,7 @@ class PrivacyLedger:
         with self._file.locked():
             self._refresh()
             entry = self._known(entry_id)
-            if after is not None and entry.steps == after + number:
+            if token and entry.token == token:
                 return entry.steps
             if after is not None and entry.steps != after:
                 raise ValueError(
@@ -419,9 +420,16 @@ class PrivacyLedger:
                 )
             if number > entry.steps_left:
                 raise PrivacyBudgetError(messages.full(self.path, self.budget, entry))
-            record = {"kind": "step", "entry": entry_id, "step": entry.steps + number, "count": number}
+            record = {"kind": "step", "entry": entry_id, "step": entry.steps + number, "count": number, "token": token}
             self._append(record)
             return entry.steps + number
+
+    def write_note(self, entry_id: str, text: str) -> None:
+        """Keep a text for a run, such as the state of a file of its own; the last one counts, and it costs nothing."""
+        with self._file.locked():
+            self._refresh()
+            self._known(entry_id)
+            self._append({"kind": "note", "entry": entry_id, "text": text})
 
     def _room(self, entry: LedgerEntry, fewest_steps: int | None) -> int:
         """Steps that this run may have in all; raises where they are fewer than it needs."""

@@ -57,6 +57,8 @@ class LedgerEntry:
         assumptions: what the claim rests on beyond the mechanism, by name.
         not_private: why the run carries no guarantee at all; empty where it does.
         artifacts: SHA-256 of what went in (code, configs) and came out (the model), by name.
+        token: names the last charge of several steps, so that whoever asks for it again is not taken for somebody else.
+        note: what the run last said about files of its own; it costs nothing.
     """
 
     entry_id: str
@@ -75,6 +77,8 @@ class LedgerEntry:
     assumptions: tuple[str, ...] = ()
     not_private: tuple[str, ...] = ()
     artifacts: Mapping[str, str] = field(default_factory=dict)
+    token: str = ""
+    note: str = ""
 
     @property
     def event(self) -> DpEvent:
@@ -290,7 +294,9 @@ class LedgerState:
             and _number_of_steps(record) <= entry.steps_left
             and record["step"] == (entry.steps + _number_of_steps(record))
         ):
-            entry = replace(entry, steps=record["step"])
+            entry = replace(entry, steps=record["step"], token=_text(record.get("token", "")))
+        elif kind == "note":
+            entry = replace(entry, note=_text(record["text"]))
         elif kind == "commit" and entry.state == "reserved" and record["steps"] == entry.steps and entry.steps:
             artifacts = {**entry.artifacts, **_texts(record["artifacts"])}
             entry = replace(entry, state="committed", granted=entry.steps, artifacts=artifacts)

@@ -107,7 +107,9 @@ def threshold_local_sensitivity(
     around = np.maximum(np.append(steps, 0.0), np.insert(steps, 0, 0.0))
     up, down = (counts.astype(int)[:, None] + sign * np.arange(teachers) for sign in (1, -1))
     above = np.where(up <= teachers, around[np.minimum(up, teachers)], 0.0)
-    return np.asarray(np.maximum(above, np.where(down >= 0, around[np.maximum(down, 0)], 0.0)))
+    exactly = np.maximum(above, np.where(down >= 0, around[np.maximum(down, 0)], 0.0))
+    # Votes d teachers away on some queries may be nearer on others, and the sum is over all of them.
+    return np.asarray(np.maximum.accumulate(exactly, axis=1))
 
 
 def smooth_sensitivity(local: ArrayLike, beta: float) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from monai_privacy.accounting.events import gnmax_event, vote_threshold_event
 from monai_privacy.accounting.values import checked_count, checked_number, checked_positive
 from monai_privacy.mechanisms.noise import NoiseSource
-from monai_privacy.mechanisms.voting import require_votes, with_gaussian
+from monai_privacy.mechanisms.voting import require_ballots, require_votes, with_gaussian
 
 __all__ = ["ConfidentGNMax", "InteractiveGNMax"]
 
@@ -67,6 +67,10 @@ class ConfidentGNMax:
     def check(self, votes: Tensor, num_teachers: int) -> None:
         """See :func:`require_votes`."""
         require_votes(votes, num_teachers)
+
+    def check_ballots(self, votes: Tensor) -> None:
+        """One vote on every query."""
+        require_ballots(votes, 1, 1)
 
     def ask(self, votes: Tensor, noise: NoiseSource) -> Tensor:
         """Whether the largest count passes the threshold."""

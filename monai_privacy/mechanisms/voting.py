@@ -37,6 +37,7 @@ __all__ = [
     "NoisyCount",
     "VotingMechanism",
     "limit_positives",
+    "require_ballots",
     "require_votes",
 ]
 
@@ -63,6 +64,10 @@ class VotingMechanism(Protocol):
 
     def check(self, votes: Tensor, num_teachers: int) -> None:
         """Refuse votes that this mechanism's cost does not hold for, with a ValueError."""
+        ...
+
+    def check_ballots(self, votes: Tensor) -> None:
+        """Refuse what one teacher cannot say, before its votes are added to those of others, with a ValueError."""
         ...
 
     def ask(self, votes: Tensor, noise: NoiseSource) -> Tensor:
@@ -95,6 +100,23 @@ def require_votes(votes: Tensor, num_teachers: int) -> None:
         )
 
 
+def require_ballots(votes: Tensor, most: int, fewest: int = 0) -> None:
+    """Refuse the votes of one teacher that are not 0 or 1, or of which a query has too many or too few.
+
+    Args:
+        votes: of one teacher, shape (queries, classes).
+        most: ones that a query may have.
+        fewest: ones that it must have.
+    """
+    ones = votes.sum(dim=1)
+    if votes.dim() != 2 or bool(((votes != 0) & (votes != 1)).any()) or bool(((ones > most) | (ones < fewest)).any()):
+        says = f"{most} class" if fewest == most else f"at most {most} labels"
+        raise ValueError(
+            f"a teacher does not vote for {says} with one vote each on every query: one patient would move more votes than "
+            "is accounted for. Give a vote function that does."
+        )
+
+
 def _require_counts(votes: Tensor, teachers: int) -> None:
     if votes.dim() != 2 or votes.shape[1] < 2:
         raise ValueError(
@@ -113,6 +135,10 @@ class _AnswersAll:
     def question_event(self) -> DpEvent | None:
         """None: every query is answered."""
         return None
+
+    def check_ballots(self, votes: Tensor) -> None:
+        """One vote on every query."""
+        require_ballots(votes, 1, 1)
 
     def ask(self, votes: Tensor, noise: NoiseSource) -> Tensor:
         """All of them."""
@@ -276,6 +302,10 @@ class LabelVoting(_AnswersAll):
                 f"the votes of {wrong} of {len(votes)} queries are more than {teachers} teachers with {self.most_positives} "
                 "positives each can give. Limit each teacher's positives before counting."
             )
+
+    def check_ballots(self, votes: Tensor) -> None:
+        """At most so many labels on every query."""
+        require_ballots(votes, self.most_positives)
 
     def answer(self, votes: Tensor, num_teachers: int, noise: NoiseSource) -> Tensor:
         """0 or 1 for each label, shape (queries, labels)."""

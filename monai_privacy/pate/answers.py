@@ -14,17 +14,36 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from monai_privacy.accounting.ledger_file import LedgerError, LedgerFile
 
-__all__ = ["Answer", "AnswerFile"]
+__all__ = ["Answer", "AnswerFile", "Intent"]
 
 FORMAT = 1
 Answer = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Intent:
+    """A charge that is about to be made.
+
+    Args:
+        kind: "ask" for questions, "pay" for answers.
+        after: steps that the ledger had before; -1 where these answers were all charged beforehand.
+        token: names it in the ledger.
+        queries: what it is for.
+    """
+
+    kind: str
+    after: int
+    token: str
+    queries: tuple[str, ...]
 
 
 class AnswerFile:
@@ -49,10 +68,25 @@ class AnswerFile:
         self.answers: dict[str, Answer] = {}
         #: Queries that are to be answered, by the outcome of their question.
         self.passed: set[str] = set()
-        #: Charges that were about to be made: kind, number of steps charged before, queries.
-        self.unsettled: tuple[str, int, tuple[str, ...]] | None = None
+        #: The charge that was about to be made, where nothing is known of it since.
+        self.unsettled: Intent | None = None
+        #: How many queries were ever paid for, by kind, and the most steps of the ledger that this file knows of.
+        self.number: dict[str, int] = {"ask": 0, "pay": 0}
+        self.charged: dict[str, int] = {"ask": 0, "pay": 0}
+        self._hashes: dict[int, str] = {}
         #: Queries whose question, or answer, is paid for and not yet drawn.
         self.paid: dict[str, set[str]] = {"ask": set(), "pay": set()}
+
+    @property
+    def mark(self) -> str:
+        """Number and hash of the last line: they name that state of the file."""
+        line, digest = self._file.head
+        return f"{line} {digest}"
+
+    def holds(self, mark: str) -> bool:
+        """Whether this file once ended with that line, and so is no older copy, nor another one."""
+        line, _, digest = mark.partition(" ")
+        return mark == self.mark or (line.isdigit() and self._hashes.get(int(line)) == digest)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -69,15 +103,20 @@ class AnswerFile:
         """Write the first line."""
         self._write({"kind": "open", "format": FORMAT, "heading": dict(heading)})
 
-    def intend(self, kind: str, after: int, queries: Sequence[str]) -> None:
+    def intend(self, kind: str, after: int, queries: Sequence[str]) -> Intent:
         """Say which queries are about to be charged, for their question ("ask") or their answer ("pay")."""
-        self._write({"kind": kind, "after": after, "queries": list(queries)})
+        intent = Intent(kind, after, uuid.uuid4().hex, tuple(queries))
+        self._write({"kind": kind, "after": after, "token": intent.token, "queries": list(queries)})
+        return intent
 
     def settle(self) -> None:
         """The charge was made."""
         if self.unsettled is not None:
-            kind, _, queries = self.unsettled
+            kind, queries = self.unsettled.kind, self.unsettled.queries
             self.paid[kind].update(queries)
+            self.number[kind] += len(queries)
+            if self.unsettled.after >= 0:
+                self.charged[kind] = self.unsettled.after + len(queries)
             self.unsettled = None
 
     def drop(self) -> None:
@@ -99,6 +138,7 @@ class AnswerFile:
 
     def _apply(self, record: Mapping[str, Any]) -> None:
         kind = record["kind"]
+        self._hashes[record["line"] - 1] = record["previous"]
         if kind == "open" and not self.heading:
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']!r} is unknown to this version, which reads {FORMAT}")
@@ -106,7 +146,7 @@ class AnswerFile:
         elif kind in ("ask", "pay") and self.heading:
             # Nobody intends a charge before the last one was made, or is known to have been dropped.
             self.settle()
-            self.unsettled = (kind, int(record["after"]), tuple(record["queries"]))
+            self.unsettled = Intent(kind, int(record["after"]), str(record["token"]), tuple(record["queries"]))
         elif kind == "dropped":
             self.unsettled = None
         elif kind == "passed" and self.heading:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from monai_privacy.pate.engine import most_likely_class
 from monai_privacy.pate.labelling import VoteLabeller, query_digest
+from monai_privacy.provenance import network_digest
 
 __all__ = ["PrivateVoteHandler", "PrivateVoted"]
 
@@ -57,6 +58,7 @@ class PrivateVoted(MapTransform):
         vote: Vote = most_likely_class,
     ) -> None:
         super().__init__(keys)
+        _require_different(self.keys)
         self.labeller = labeller
         self.num_classes = num_classes
         self.image_key = image_key
@@ -66,7 +68,8 @@ class PrivateVoted(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """The same dictionary with the label, also in place of each prediction."""
         output = dict(data)
-        votes = _counted([torch.as_tensor(output[key])[None] for key in self.keys], self.num_classes, self.vote)
+        predictions = [torch.as_tensor(output[key])[None] for key in self.keys]
+        votes = _counted(predictions, self.num_classes, self.vote, self.labeller)
         label = self.labeller.label([query_digest(output[self.image_key])], votes).labels[0]
         # Not deleted: MONAI's engines keep in state.output whatever a transform takes out of the dictionary.
         return output | dict.fromkeys((*self.keys, self.output_key), label)
@@ -98,13 +101,23 @@ class PrivateVoteHandler:
     ) -> None:
         self.labeller = labeller
         self.pred_keys = tuple(pred_keys)
+        _require_different(self.pred_keys)
         self.num_classes = num_classes
         self.image_key = image_key
         self.output_key = output_key
         self.vote = vote
 
     def attach(self, engine: Engine) -> None:
-        """Answer each batch as soon as all teachers have seen it."""
+        """Answer each batch as soon as all teachers have seen it.
+
+        Raises:
+            ValueError: where another handler would see the predictions first, or two networks have the same weights.
+        """
+        if getattr(engine, "_event_handlers", {}).get(IterationEvents.FORWARD_COMPLETED):
+            raise ValueError("another handler would see every teacher's predictions. Attach this handler first.")
+        networks = [network_digest(network) for network in getattr(engine, "networks", ())]
+        if len(set(networks)) != len(networks):
+            raise ValueError("two networks of the ensemble have the same weights: a patient would move several votes.")
         # MONAI's post-processing is attached to MODEL_COMPLETED when the evaluator is made, and so runs before any handler.
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._require_gone)
@@ -117,7 +130,8 @@ class PrivateVoteHandler:
         missing = [key for key in self.pred_keys if key not in output]
         if missing:
             raise ValueError(f"state.output has no {', '.join(missing)}: give the evaluator's pred_keys, all of them.")
-        votes = _counted([output.pop(key) for key in self.pred_keys], self.num_classes, self.vote)
+        predictions = [output.pop(key) for key in self.pred_keys]
+        votes = _counted(predictions, self.num_classes, self.vote, self.labeller)
         names = [query_digest(image) for image in output[self.image_key]]
         output[self.output_key] = self.labeller.label(names, votes).labels
 
@@ -127,7 +141,14 @@ class PrivateVoteHandler:
             raise ValueError("the predictions of the teachers are still in state.output. Attach this handler first.")
 
 
-def _counted(predictions: Sequence[Tensor], num_classes: int, vote: Vote) -> Tensor:
+def _require_different(keys: Sequence[Hashable]) -> None:
+    if len(set(keys)) != len(keys):
+        raise ValueError(
+            f"a prediction is named twice among {list(keys)}: a patient would move two votes. Name each once."
+        )
+
+
+def _counted(predictions: Sequence[Tensor], num_classes: int, vote: Vote, labeller: VoteLabeller) -> Tensor:
     total = torch.zeros(len(predictions[0]), num_classes, dtype=torch.int64)
     for number, prediction in enumerate(predictions):
         if not bool(torch.isfinite(prediction).all()):
@@ -135,5 +156,9 @@ def _counted(predictions: Sequence[Tensor], num_classes: int, vote: Vote) -> Ten
                 f"teacher {number} gives scores that are not finite: it cannot vote, and every teacher must. Train it "
                 "again; nothing was charged."
             )
-        total += vote(prediction.detach().float().cpu(), num_classes).long()
+        votes = vote(prediction.detach().float().cpu(), num_classes).long()
+        if votes.shape != total.shape:
+            raise ValueError(f"the vote function gives shape {tuple(votes.shape)}, not {tuple(total.shape)}.")
+        labeller.check_ballots(votes)
+        total += votes
     return total

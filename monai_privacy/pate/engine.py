@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 
 from monai_privacy.accounting.values import checked_count
+from monai_privacy.mechanisms.voting import require_ballots
 from monai_privacy.pate.labelling import VoteLabeller, VoteLabels, query_digest
 from monai_privacy.pate.teachers import TeacherSet
 
@@ -80,7 +81,8 @@ class TeacherVoteEvaluator(Workflow):
         prepare_batch, inferer, val_handlers, amp, non_blocking: as of MONAI's ``SupervisedEvaluator``.
 
     Raises:
-        ValueError: for a loader that shuffles or transforms at random, and in a run for predictions that are not finite or
+        ValueError: for a loader that shuffles or transforms at random, for a labeller whose costs are those of patients in
+            fewer teachers, and in a run for predictions that are not finite or
             images that are not the same for every teacher; nothing is charged then.
     """
 
@@ -101,6 +103,11 @@ class TeacherVoteEvaluator(Workflow):
         non_blocking: bool = False,
     ) -> None:
         _require_fixed(val_data_loader)
+        if labeller is not None and labeller.teachers_per_patient < teachers.teachers_per_patient:
+            raise ValueError(
+                f"teachers_per_patient is {labeller.teachers_per_patient}, but patients are in "
+                f"{teachers.teachers_per_patient} of these teachers: they move so many votes. Give the mechanism that number."
+            )
         self.network = network.to(device)
         self.teachers = teachers
         self.labeller = labeller
@@ -202,6 +209,10 @@ class TeacherVoteEvaluator(Workflow):
                 f"the vote function gives shape {tuple(votes.shape)} for {len(inputs)} images and {self.num_classes} "
                 "classes: it must give a count for each class."
             )
+        if self.labeller is None:
+            require_ballots(votes, 1, 1)
+        else:
+            self.labeller.check_ballots(votes)
         return votes
 
     def _check_images(self, inputs: Tensor, rows: slice) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from monai_privacy.mechanisms.voting import require_votes
 
 __all__ = ["HospitalVotes", "read_hospital_votes", "total_votes", "write_hospital_votes"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class HospitalVotes:
         num_teachers: how many of its teachers voted on each query.
         queries: a name for each, by content (see :func:`~monai_privacy.pate.labelling.query_digest`).
         votes: counts, one row a query, one column a class.
-        teachers: SHA-256 of the hospital's teachers.
+        teachers: SHA-256 of each teacher's weights; empty for one of an empty shard.
+        teachers_per_patient: most of its teachers that one patient is in.
 
     Raises:
         ValueError: for counts that do not add up, or a query that is there twice.
@@ -49,13 +50,21 @@ class HospitalVotes:
     hospital: str
     num_teachers: int
     queries: tuple[str, ...]
-    votes: tuple[tuple[int, ...], ...]
-    teachers: str = ""
+    votes: tuple[tuple[int, ...], ...] = field(repr=False)
+    teachers: tuple[str, ...] = field(repr=False)
+    teachers_per_patient: int
 
     def __post_init__(self) -> None:
         if not self.hospital.strip():
             raise ValueError("the votes name no hospital: one that sends them twice would not be noticed. Name it.")
         checked_count("num_teachers", self.num_teachers)
+        checked_count("teachers_per_patient", self.teachers_per_patient)
+        named = [one for one in self.teachers if one]
+        if len(self.teachers) != self.num_teachers or len(set(named)) != len(named):
+            raise ValueError(
+                f"{self.hospital} says that {self.num_teachers} teachers voted, and names {len(self.teachers)}, of which "
+                f"{len(set(named))} are different and trained. Name each once."
+            )
         if len(self.queries) != len(self.votes) or not self.queries:
             raise ValueError(
                 f"{self.hospital} sends votes on {len(self.votes)} queries with {len(self.queries)} names."
@@ -91,7 +100,8 @@ def read_hospital_votes(path: str | os.PathLike[str]) -> HospitalVotes:
     try:
         values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         version = values.pop("format")
-        known = {**values, "queries": tuple(values["queries"]), "votes": tuple(tuple(row) for row in values["votes"])}
+        rows = tuple(tuple(row) for row in values["votes"])
+        known = {**values, "queries": tuple(values["queries"]), "votes": rows, "teachers": tuple(values["teachers"])}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}. Name the votes of a hospital.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -120,11 +130,17 @@ def total_votes(hospitals: Sequence[HospitalVotes]) -> tuple[tuple[str, ...], Te
     """
     if not hospitals:
         raise ValueError("there are no votes: give the file of each hospital.")
-    names = [one.hospital for one in hospitals]
+    names = [one.hospital.strip().casefold() for one in hospitals]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
             f"{', '.join(twice)} is there twice: its patients would move two votes. Give one file a hospital."
+        )
+    teachers = [teacher for one in hospitals for teacher in one.teachers if teacher]
+    if len(set(teachers)) != len(teachers):
+        raise ValueError(
+            f"{len(teachers) - len(set(teachers))} teachers vote for two hospitals: their patients would move two votes. "
+            "Count each teacher once."
         )
     first = hospitals[0]
     total = torch.zeros(len(first.queries), len(first.votes[0]), dtype=torch.int64)

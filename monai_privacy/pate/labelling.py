@@ -25,10 +25,11 @@ from torch import Tensor
 
 from monai_privacy.accounting.event_json import event_to_dict
 from monai_privacy.accounting.ledger import PrivacyLedger
+from monai_privacy.accounting.ledger_file import LedgerError
 from monai_privacy.accounting.values import PrivacyBudgetError, checked_count
 from monai_privacy.mechanisms.noise import NoiseSource, SystemNoise
 from monai_privacy.mechanisms.voting import ABSTAINED, LabelVoting, VotingMechanism
-from monai_privacy.pate.answers import Answer, AnswerFile
+from monai_privacy.pate.answers import Answer, AnswerFile, Intent
 
 __all__ = ["VoteLabeller", "VoteLabels", "query_digest"]
 
@@ -36,6 +37,8 @@ _ASSUMPTIONS = (
     "whoever counted the votes is trusted, and kept them to itself",
     "no patient is in more teachers than stated, under whatever id",
     "nothing about a teacher was chosen on other teachers' patients, nor on the votes",
+    "the images asked about are of nobody whom a teacher learnt from",
+    "a student whose opinion was asked saw public images and released labels alone",
 )
 
 
@@ -62,7 +65,7 @@ def query_digest(image: Tensor) -> str:
     """A name for an image by its content alone: equal images have equal names, whichever file they come from."""
     array = torch.as_tensor(image).detach().cpu().contiguous()
     header = f"{array.dtype} {tuple(array.shape)} ".encode()
-    return hashlib.sha256(header + array.numpy().tobytes()).hexdigest()[:32]
+    return hashlib.sha256(header + array.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
 
 
 class VoteLabeller:
@@ -92,9 +95,11 @@ class VoteLabeller:
         ValueError: where the file belongs to another mechanism, other teachers or another ledger.
 
     Guarantee: everything ever returned from one file is one (ε, δ)-DP release for the teachers' patients, as the ledger
-    accounts it. Where questions decide what is answered, all answers set aside count, unless the cohort is registered
-    with an adaptive filter: the account of those really drawn would hold for numbers fixed beforehand alone
-    (Feldman & Zrnic 2021, arXiv:2008.11193).
+    accounts it. Where questions decide what is answered, all answers set aside are charged before the first question,
+    unless the cohort is registered with an adaptive filter: the account of those really drawn would hold for numbers fixed
+    beforehand alone (Feldman & Zrnic 2021, arXiv:2008.11193).
+
+    Back the file of answers and the ledger up together: each refuses to go on with an older copy of the other.
     """
 
     def __init__(
@@ -136,11 +141,19 @@ class VoteLabeller:
             "not_private": () if self._noise.is_secret else ("the noise of the votes is repeatable",),
             "artifacts": dict(artifacts or {}),
         }
+        wanted = {
+            "facts": facts,
+            "teachers": teachers,
+            "costs": _costs(mechanism),
+            "unit": unit,
+            "delta": delta,
+            "secret": self._noise.is_secret,
+        }
         with self._file.locked():
             if not self._file.heading:
-                self._file.begin(self._reserve(common, facts, teachers))
-        self._require_same(facts, teachers)
-        with self._file.locked():
+                self._file.begin(wanted | {"entries": self._reserve(common, int(max_queries))})
+            self._require_same(wanted, None if ids is None else list(ids))
+            self._require_newest()
             self._settle()
 
     def label(self, queries: Sequence[str], votes: Tensor, *, mechanism: VotingMechanism | None = None) -> VoteLabels:
@@ -156,7 +169,7 @@ class VoteLabeller:
             LedgerError: where something cannot be written; nothing is released.
         """
         one = self._mechanism if mechanism is None else mechanism
-        if _events(one) != _events(self._mechanism):
+        if type(one) is not type(self._mechanism) or _fixed(one) != _fixed(self._mechanism):
             raise ValueError("mechanism has other costs than the one that was set aside for. Make another labeller.")
         names = [str(query) for query in queries]
         if len(names) != len(votes):
@@ -179,9 +192,18 @@ class VoteLabeller:
         return VoteLabels(labels, len(found) - abstained - missing, abstained, known, missing)
 
     @property
+    def teachers_per_patient(self) -> int:
+        """Most teachers that one patient may be in, for the costs to hold."""
+        return int(getattr(self._mechanism, "teachers_per_patient", 1))
+
+    @property
     def queries_left(self) -> int:
         """How many new queries may still be asked."""
         return self._ledger.steps_left(str(self._entry("ask") or self._entry("pay")))
+
+    def check_ballots(self, votes: Tensor) -> None:
+        """Refuse what one teacher cannot say: its votes on some queries, before they are added to those of others."""
+        self._mechanism.check_ballots(votes)
 
     def close(self) -> None:
         """Say that no more will be asked, so that the ledger frees what was not used."""
@@ -191,16 +213,12 @@ class VoteLabeller:
                 entry = None if entry_id is None else self._ledger.entry(entry_id)
                 if entry is None or entry.state != "reserved":
                     continue
-                if kind == "pay" and self._entry("ask") and not self._ledger.state.adaptive and entry.steps_left:
-                    # How many were answered depends on the votes: only all that were set aside is a fixed number.
-                    self._ledger.record_steps(entry.entry_id, entry.steps_left)
-                if self._ledger.entry(entry.entry_id).steps:
+                if entry.steps:
                     self._ledger.commit(entry.entry_id)
                 else:
                     self._ledger.void(entry.entry_id)
 
-    def _reserve(self, common: Mapping[str, Any], facts: Mapping[str, Any], teachers: str) -> dict[str, Any]:
-        planned = int(facts["max_queries"])
+    def _reserve(self, common: Mapping[str, Any], planned: int) -> dict[str, str | None]:
         entries: dict[str, str | None] = {"ask": None, "pay": None}
         try:
             for kind, event in zip(entries, _events(self._mechanism), strict=True):
@@ -214,63 +232,113 @@ class VoteLabeller:
             if entries["ask"]:
                 self._ledger.void(entries["ask"])
             raise
-        return {"facts": dict(facts), "teachers": teachers, "entries": entries, "costs": _costs(self._mechanism)}
+        return entries
 
-    def _require_same(self, facts: Mapping[str, Any], teachers: str) -> None:
+    def _require_same(self, wanted: Mapping[str, Any], ids: list[str] | None) -> None:
         heading = self._file.heading
-        if heading["facts"] != facts or heading["teachers"] != teachers or heading["costs"] != _costs(self._mechanism):
+        changed = sorted(name for name, value in wanted.items() if heading.get(name) != value and name != "secret")
+        if changed:
             raise ValueError(
-                f"{self._file.path} holds answers of {heading['facts']} by teachers {heading['teachers']!r}, not of {facts} "
-                f"by {teachers!r}. Name another file: other teachers or noise are another release."
+                f"{self._file.path} holds answers with other {', '.join(changed)}: {[heading.get(n) for n in changed]}, not "
+                f"{[wanted[n] for n in changed]}. Name another file: other teachers or noise are another release."
+            )
+        if heading["secret"] and not wanted["secret"]:
+            raise ValueError(
+                f"{self._file.path} holds private answers: noise that can be repeated may not add to them. Name another "
+                "file."
             )
         for entry_id in heading["entries"].values():
             if entry_id is not None:
                 self._ledger.entry(entry_id)
+                if ids is not None:
+                    self._ledger.require_members(entry_id, ids, None)
+
+    def _require_newest(self) -> None:
+        """Refuse an older copy of the ledger, or of the answers: either would draw again what was drawn."""
+        for kind, charged in self._file.charged.items():
+            entry_id = self._entry(kind)
+            entry = None if entry_id is None else self._ledger.entry(entry_id)
+            if entry is None:
+                continue
+            if entry.steps < charged:
+                raise LedgerError(
+                    f"{self._ledger.path} has {entry.steps} steps of {entry.entry_id[:8]}, but {self._file.path} knows of "
+                    f"{charged}: the ledger is an older copy. Put the newest one back; nothing was released."
+                )
+            if entry.note and not self._file.holds(entry.note):
+                raise LedgerError(
+                    f"{self._file.path} does not have line {entry.note.split()[0]} that {self._ledger.path} knows of: it is "
+                    "an older copy, or a second one. Put the newest one back; nothing was released."
+                )
 
     def _entry(self, kind: str) -> str | None:
         entry: str | None = self._file.heading["entries"][kind]
         return entry
 
+    @property
+    def _prepaid(self) -> bool:
+        """Whether all answers are charged at once, since how many there will be depends on the votes."""
+        return bool(self._entry("ask") and self._entry("pay")) and not self._ledger.state.adaptive
+
     def _settle(self) -> None:
         """Make, or find made, the charge that was about to be made when somebody was interrupted."""
-        if self._file.unsettled is not None:
-            kind, after, queries = self._file.unsettled
-            try:
-                self._ledger.record_steps(str(self._entry(kind)), len(queries), after=after)
-            except PrivacyBudgetError:
-                self._file.drop()
-            else:
-                self._file.settle()
+        intent = self._file.unsettled
+        if intent is None:
+            return
+        try:
+            self._charge(intent)
+        except PrivacyBudgetError:
+            self._file.drop()
+
+    def _charge(self, intent: Intent) -> None:
+        if intent.after >= 0:
+            entry = str(self._entry(intent.kind))
+            self._ledger.record_steps(entry, len(intent.queries), after=intent.after, token=intent.token)
+        self._file.settle()
 
     def _draw(self, mechanism: VotingMechanism, votes: Tensor, rows: Mapping[str, int]) -> None:
         file = self._file
+        self._require_newest()
         self._settle()
         candidates = list(rows)
         if self._entry("ask"):
+            if self._prepaid:
+                self._pay_all()
             asked = self._pay("ask", [name for name in candidates if name not in file.passed])
             if asked:
                 outcomes = mechanism.ask(votes, self._noise)
                 file.write_passed({name: bool(outcomes[rows[name]]) for name in asked})
+                self._ledger.write_note(str(self._entry("ask")), file.mark)
             candidates = [name for name in candidates if name in file.passed]
         answered = self._pay("pay", candidates) if self._entry("pay") else candidates
         if answered:
             labels = mechanism.answer(votes, self._num_teachers, self._noise)
             file.write_answers({name: _plain(labels[rows[name]]) for name in answered})
+            self._ledger.write_note(str(self._entry("pay") or self._entry("ask")), file.mark)
+
+    def _pay_all(self) -> None:
+        entry = self._ledger.entry(str(self._entry("pay")))
+        if entry.steps_left:
+            self._ledger.record_steps(entry.entry_id, entry.steps_left)
 
     def _pay(self, kind: str, names: Sequence[str]) -> list[str]:
         """Charge what was not charged before, as far as the budget reaches; the names that may be drawn."""
-        entry = str(self._entry(kind))
-        new = [name for name in names if name not in self._file.paid[kind]][: self._ledger.steps_left(entry)]
+        file, entry = self._file, self._ledger.entry(str(self._entry(kind)))
+        prepaid = kind == "pay" and self._prepaid
+        left = entry.granted - file.number["pay"] if prepaid else entry.steps_left
+        new = [name for name in names if name not in file.paid[kind]][: max(0, left)]
         if new:
-            after = self._ledger.entry(entry).steps
-            self._file.intend(kind, after, new)
-            self._ledger.record_steps(entry, len(new), after=after)
-            self._file.settle()
-        return [name for name in names if name in self._file.paid[kind]]
+            self._charge(file.intend(kind, -1 if prepaid else entry.steps, new))
+        return [name for name in names if name in file.paid[kind]]
 
 
 def _events(mechanism: VotingMechanism) -> tuple[DpEvent | None, DpEvent | None]:
     return mechanism.question_event, mechanism.answer_event
+
+
+def _fixed(mechanism: VotingMechanism) -> dict[str, Any]:
+    """All that may not change from call to call."""
+    return {name: value for name, value in _parameters(mechanism).items() if name != "threshold"}
 
 
 def _costs(mechanism: VotingMechanism) -> list[dict[str, Any] | None]:

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,7 +97,12 @@ def hospital_votes_of(
     evaluator.run()
     rows = dict(zip(evaluator.queries, evaluator.votes().tolist(), strict=True))
     votes = HospitalVotes(
-        hospital, len(teachers), tuple(rows), tuple(tuple(row) for row in rows.values()), teachers.digest
+        hospital,
+        len(teachers),
+        tuple(rows),
+        tuple(tuple(row) for row in rows.values()),
+        tuple(one.weights or one.sha256 for one in teachers),
+        teachers.teachers_per_patient,
     )
     files = [str(name) for batch in loader for name in _file_names(batch)]
     return votes, tuple(files[evaluator.queries.index(query)] for query in rows)
@@ -132,6 +138,12 @@ def label_votes(
         ValueError: for votes that do not fit together, or labels that would be noise; nothing is charged.
     """
     queries, votes, num_teachers = total_votes(hospitals)
+    most = max(one.teachers_per_patient for one in hospitals)
+    if teachers_per_patient < most:
+        raise ValueError(
+            f"teachers_per_patient is {teachers_per_patient}, but a hospital has patients in {most} of its teachers: they "
+            f"move so many votes. Give {most}, or more where patients were at several hospitals."
+        )
     plan = VotingPlan(
         num_teachers=num_teachers,
         num_queries=len(queries) if max_queries is None else max_queries,
@@ -150,7 +162,9 @@ def label_votes(
         max_queries=plan.num_queries,
         delta=delta,
         num_patients=num_patients,
-        teachers=" ".join(sorted(f"{one.hospital}:{one.teachers}" for one in hospitals)),
+        teachers=hashlib.sha256(
+            "\n".join(sorted(f"{one.hospital} {' '.join(one.teachers)}" for one in hospitals)).encode()
+        ).hexdigest(),
         purpose=purpose,
     )
     return queries, labeller.label(queries, votes), plan

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from monai_privacy.provenance import file_digest
+from monai_privacy.accounting.values import checked_count
+from monai_privacy.provenance import file_digest, state_digest
 
-__all__ = ["Teacher", "TeacherSet", "record_teacher", "trained_teacher"]
+__all__ = ["Teacher", "TeacherSet", "record_teacher", "trained_teacher", "weights_digest"]
 
 _RECORD = "teacher.json"
 
@@ -43,6 +44,10 @@ class Teacher:
         sha256: of that file.
         shard: keyed digest of the shard's patients, from the manifest.
         recipe: SHA-256 of the configs that it was trained with.
+        teachers_per_patient: most teachers that one of its patients is in, from the manifest.
+        weights: SHA-256 of its weights, which two files with the same weights share; of the file where not known.
+        partition: signature of the manifest that its shard is of; empty where it is not known.
+        of: number of teachers of that manifest; 0 where it is not known.
     """
 
     number: int
@@ -50,6 +55,10 @@ class Teacher:
     sha256: str
     shard: str
     recipe: str = ""
+    teachers_per_patient: int = 1
+    weights: str = ""
+    partition: str = ""
+    of: int = 0
 
     def load_into(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
         """Put this teacher's weights into ``network``, every one of them, in evaluation mode.
@@ -65,10 +74,8 @@ class Teacher:
             raise ValueError(
                 f"teacher {self.number}: {self.checkpoint.name} has changed since it was trained (SHA-256). Train it again."
             )
-        state = torch.load(self.checkpoint, map_location=device, weights_only=True)
-        state = state["model"] if isinstance(state, dict) and isinstance(state.get("model"), dict) else state
         try:
-            network.load_state_dict(state, strict=True)
+            network.load_state_dict(_state(self.checkpoint, device), strict=True)
         except (RuntimeError, TypeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise ValueError(
@@ -103,14 +110,23 @@ class TeacherSet:
                 "each shard has one teacher. Train those that are missing; every teacher votes."
             )
         trained = [teacher for teacher in self.teachers if teacher.checkpoint is not None]
-        for name, what in (("sha256", "the same weights"), ("shard", "the same shard")):
-            same = _repeated([getattr(teacher, name) for teacher in trained])
+        for values, what in (
+            ([one.sha256 for one in trained], "the same weights"),
+            ([one.weights or one.sha256 for one in trained], "the same weights"),
+            ([one.shard for one in trained], "the same shard"),
+        ):
+            same = _repeated(values)
             if same:
-                clones = [teacher.number for teacher in trained if getattr(teacher, name) == same[0]]
+                clones = [one.number for one, value in zip(trained, values, strict=True) if value == same[0]]
                 raise ValueError(
                     f"teachers {_listed(clones)} have {what}: one patient would move several votes. Train each on its own "
                     "shard."
                 )
+        if len({(one.partition, one.of) for one in self.teachers}) > 1 or self.teachers[0].of not in (0, len(numbers)):
+            raise ValueError(
+                f"these {len(numbers)} teachers are not all those of one partition, which has {self.teachers[0].of}: a "
+                "patient may be in two. Train all shards of one partition, into a folder of their own."
+            )
         if len({teacher.recipe for teacher in trained}) > 1:
             raise ValueError("the teachers were trained with different configs: train them all with the same.")
 
@@ -119,6 +135,11 @@ class TeacherSet:
 
     def __iter__(self) -> Iterator[Teacher]:
         return iter(self.teachers)
+
+    @property
+    def teachers_per_patient(self) -> int:
+        """Most of these teachers that one patient is in: a patient moves so many votes."""
+        return max(teacher.teachers_per_patient for teacher in self.teachers)
 
     @property
     def digest(self) -> str:
@@ -150,7 +171,10 @@ class TeacherSet:
         if missing:
             raise ValueError(f"{_listed(missing)} cannot be found: give the files of all teachers.")
         return cls(
-            tuple(Teacher(number, path, file_digest(path), f"unknown {number}") for number, path in enumerate(paths))
+            tuple(
+                Teacher(number, path, file_digest(path), f"unknown {number}", weights=weights_digest(path))
+                for number, path in enumerate(paths)
+            )
         )
 
 
@@ -162,18 +186,31 @@ def record_teacher(folder: Path, teacher: Teacher) -> None:
     os.replace(partial, folder / _RECORD)
 
 
-def trained_teacher(folder: Path, shard: str, recipe: str) -> Teacher | None:
-    """The teacher recorded in ``folder``, if it is whole, and of this shard and recipe; else None."""
+def trained_teacher(folder: Path, shard: str, recipe: str, partition: str = "") -> Teacher | None:
+    """The teacher recorded in ``folder``, if it is whole, and of this shard, recipe and partition; else None."""
     if not (folder / _RECORD).is_file():
         return None
     try:
         found = _read(folder / _RECORD)
     except ValueError:
         return None
-    if (found.shard, found.recipe) != (shard, recipe):
+    if (found.shard, found.recipe, found.partition) != (shard, recipe, partition):
         return None
     whole = found.checkpoint is None or (found.checkpoint.is_file() and file_digest(found.checkpoint) == found.sha256)
     return found if whole else None
+
+
+def weights_digest(path: Path) -> str:
+    """SHA-256 of a checkpoint's weights, whatever the file is called and however it was written."""
+    return state_digest(_state(path, "cpu"))
+
+
+def _state(path: Path, device: torch.device | str) -> dict[str, Any]:
+    state = torch.load(path, map_location=device, weights_only=True)
+    found: dict[str, Any] = (
+        state["model"] if isinstance(state, dict) and isinstance(state.get("model"), dict) else state
+    )
+    return found
 
 
 def _read(path: Path) -> Teacher:
@@ -186,6 +223,10 @@ def _read(path: Path) -> Teacher:
             sha256=str(values["sha256"]),
             shard=str(values["shard"]),
             recipe=str(values["recipe"]),
+            teachers_per_patient=checked_count("teachers_per_patient", values["teachers_per_patient"]),
+            weights=str(values["weights"]),
+            partition=str(values["partition"]),
+            of=int(values["of"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): train this teacher again.") from error

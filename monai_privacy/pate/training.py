@@ -29,7 +29,7 @@ from monai_privacy.accounting.cohort import digest_of, keyed_digest
 from monai_privacy.accounting.values import checked_count
 from monai_privacy.data.partition import PatientPartition, partition_patients, write_manifest
 from monai_privacy.data.partition_manifest import PartitionManifest
-from monai_privacy.pate.teachers import Teacher, TeacherSet, record_teacher, trained_teacher
+from monai_privacy.pate.teachers import Teacher, TeacherSet, record_teacher, trained_teacher, weights_digest
 from monai_privacy.provenance import file_digest
 
 __all__ = ["MANIFEST", "TeacherRecipe", "train_teachers", "write_shards"]
@@ -120,7 +120,8 @@ class TeacherRecipe:
     def digest(self) -> str:
         """SHA-256 of the configs and of what is overridden."""
         files = [f"{name} {file_digest(self.bundle_root / name)}" for name in self.config_files]
-        return hashlib.sha256(json.dumps([files, self.overrides], default=str).encode()).hexdigest()
+        keys = [self.data_key, self.output_key, self.checkpoint]
+        return hashlib.sha256(json.dumps([files, keys, self.overrides], default=str).encode()).hexdigest()
 
 
 def train_teachers(
@@ -151,7 +152,7 @@ def train_teachers(
     """
     root, recipe_digest = Path(folder), recipe.digest
     places = {shard.teacher: _checked_shard(manifest, shard.teacher, Path(shards)) for shard in manifest.shards}
-    done = {n: trained_teacher(root / f"{n:03d}", places[n], recipe_digest) for n in places}
+    done = {n: trained_teacher(root / f"{n:03d}", places[n], recipe_digest, manifest.signature) for n in places}
     todo = [number for number, teacher in done.items() if teacher is None]
     on_done(len(places) - len(todo), len(places))
 
@@ -159,7 +160,10 @@ def train_teachers(
         own = root / f"{number:03d}"
         checkpoint = None if sha256 is None else own / recipe.checkpoint
         own.mkdir(parents=True, exist_ok=True)
-        teacher = Teacher(number, checkpoint, sha256 or "", places[number], recipe_digest)
+        teacher = Teacher(
+            number, checkpoint, sha256 or "", places[number], recipe_digest, manifest.teachers_per_patient,
+            "" if checkpoint is None else weights_digest(checkpoint), manifest.signature, manifest.num_teachers,
+        )  # fmt: skip
         record_teacher(own, teacher)
         done[number] = teacher
         on_done(sum(one is not None for one in done.values()), len(places))
@@ -252,7 +256,13 @@ def _train_one(recipe: TeacherRecipe, shard: Path, output: Path, threads: int) -
         workflow = ConfigWorkflow(
             config_file=list(recipe.config_files), workflow_type="train", logging_file=False, **changed
         )
+        missing = [key for key in (recipe.data_key, recipe.output_key) if key not in _entries(recipe)]
+        if missing:
+            raise ValueError(
+                f"the config has no entry {missing[0]!r}: name the one that takes the shard, or the results"
+            )
         workflow.initialize()
+        _require_shard(workflow.parser, shard)
         workflow.run()
         workflow.finalize()
         return file_digest(output / recipe.checkpoint), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -260,6 +270,33 @@ def _train_one(recipe: TeacherRecipe, shard: Path, output: Path, threads: int) -
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         reason = reason.removeprefix("error: ")
         raise ValueError(f"teacher {int(shard.name)} could not be trained: {reason}") from None
+
+
+def _entries(recipe: TeacherRecipe) -> Any:
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config([str(recipe.bundle_root / name) for name in recipe.config_files])
+    return parser
+
+
+def _require_shard(parser: Any, shard: Path) -> None:
+    """The trainer must read the images of this shard, and no others: a name mistaken would give it all patients."""
+    names = [name for name in ("train#trainer", "trainer") if name in parser]
+    trainer = parser.get_parsed_content(names[0]) if names else None
+    records = getattr(getattr(getattr(trainer, "data_loader", None), "dataset", None), "data", None)
+    if not isinstance(records, (list, tuple)) or not all(isinstance(one, dict) and "image" in one for one in records):
+        raise ValueError(
+            "nobody can see which images the trainer reads: it needs train#trainer or trainer, with a loader over a MONAI "
+            "Dataset of records with an image"
+        )
+    own = json.loads((shard / "datalist.json").read_text(encoding="utf-8"))["training"]
+    read, given = (sorted(json.dumps(one["image"], default=str) for one in some) for some in (records, own))
+    if read != given:
+        raise ValueError(
+            f"it would train on {len(read)} images that are not the {len(given)} of its shard: check --data-key and the "
+            "overrides"
+        )
 
 
 def _how_many(peak: int) -> int:

@@ -565,12 +565,27 @@ def test_a_charge_that_is_asked_for_again_is_made_once(path: Path) -> None:
     book = PrivacyLedger(path)
     entry = begin(book, planned_steps=10)
     for _ in range(3):
-        assert book.record_steps(entry, 4, after=0) == 4
-    assert book.record_steps(entry, 2, after=4) == 6
-    for after in (0, 3, 5, 7):
+        assert book.record_steps(entry, 4, after=0, token="a") == 4
+    assert book.record_steps(entry, 2, after=4, token="b") == 6
+    # As many steps after as many, and somebody else's nevertheless.
+    for after, token in ((4, "c"), (4, ""), (0, "a"), (3, "c"), (7, "c")):
         with pytest.raises(ValueError, match="another process charges the same run"):
-            book.record_steps(entry, 4, after=after)
+            book.record_steps(entry, 2, after=after, token=token)
     assert book.entry(entry).steps == 6
+
+
+def test_a_note_costs_nothing_and_stays(path: Path) -> None:
+    book = PrivacyLedger(path)
+    entry = begin(book, planned_steps=10)
+    book.record_step(entry)
+    spent = book.epsilon(1e-5)
+    book.write_note(entry, "first")
+    book.write_note(entry, "second")
+    assert (PrivacyLedger(path).entry(entry).note, book.epsilon(1e-5)) == ("second", spent)
+    book.commit(entry)
+    book.write_note(entry, "third")
+    with pytest.raises(LedgerError, match="no entry"):
+        book.write_note("f" * 32, "text")
 
 
 @pytest.mark.parametrize(("step", "count"), [(5, 4), (3, 4), (4, 0), (4, -1), (4, True), (11, 11), (0, 0)])

@@ -320,6 +320,24 @@ def test_local_sensitivity_bounds_all_neighbours(counts, noise):
                 assert abs(there - here) <= local * (1 + 1e-9) + 1e-15
 
 
+def test_smooth_sensitivity_of_several_thresholds_covers_all_that_is_near():
+    # Ten queries just above the threshold and ten far below it: a few teachers away, the former are at their worst.
+    teachers, threshold, noise, order, beta = 100, 80, 5.0, 8.0, 0.01
+    counts = np.array([82] * 10 + [40] * 10)
+    claimed = smooth_sensitivity(threshold_local_sensitivity(counts, teachers, threshold, noise, order), beta)
+    curve = threshold_rdp(threshold_log_probability(np.arange(teachers + 1), threshold, noise), noise, [order])[:, 0]
+
+    def one_step(values):
+        return sum(
+            max(abs(curve[v] - curve[max(v - 1, 0)]), abs(curve[v] - curve[min(v + 1, teachers)])) for v in values
+        )
+
+    for distance in range(45):
+        for moved in range(-distance, distance + 1):
+            near = np.concatenate([counts[:10] + moved, counts[10:] + distance])
+            assert math.exp(-beta * distance) * one_step(np.clip(near, 0, teachers)) <= claimed * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("noise", [0.1, 1.0, 1e6])
 def test_unanimous_votes_never_crash(noise):
     log_q = gnmax_log_q([[500, 0], [0, 0]], noise)

@@ -31,6 +31,7 @@ from monai_privacy.accounting.ledger_file import LedgerError
 from monai_privacy.mechanisms.confident_voting import ConfidentGNMax, InteractiveGNMax
 from monai_privacy.mechanisms.noise import InsecureNoise
 from monai_privacy.mechanisms.voting import GNMax, LabelVoting, NoisyCount
+from monai_privacy.pate.answers import AnswerFile
 from monai_privacy.pate.labelling import VoteLabeller, query_digest
 from monai_privacy.report import PrivacyReport
 
@@ -77,24 +78,31 @@ def test_images_are_named_by_content():
     assert query_digest(image) != query_digest(image + 1e-6)
     assert query_digest(image) != query_digest(image.reshape(1, 2, 8))
     assert query_digest(image.double()) != query_digest(image)
+    assert len(query_digest(image.bfloat16())) == 32
 
 
-def test_a_question_is_charged_always_and_an_answer_where_given(tmp_path):
+def test_where_votes_decide_what_is_answered_all_answers_are_charged_beforehand(tmp_path):
     one, book = labeller(tmp_path, ConfidentGNMax(80, 3.0, 3.0))
     found = one.label(QUERIES, VOTES)
     assert found.labels.tolist() == [0, 1, -1, 0]
     assert (found.answered, found.abstained) == (3, 1)
-    assert [entry.steps for entry in book.entries] == [4, 3]
+    # How many were answered is private: what is claimed must not depend on it, before closing or after.
+    assert [entry.steps for entry in book.entries] == [4, 10]
+    claim = book.epsilon(1e-5)
     # An abstention is remembered as well: asking until it passes would be free otherwise.
     assert one.label(["c"], VOTES[:1]).labels.tolist() == [-1]
-    assert [entry.steps for entry in book.entries] == [4, 3]
-
-
-def test_closing_claims_all_answers_set_aside_where_votes_decided_how_many(tmp_path):
-    one, book = labeller(tmp_path, ConfidentGNMax(80, 3.0, 3.0))
-    one.label(QUERIES, VOTES)
     one.close()
     assert [(entry.steps, entry.state) for entry in book.entries] == [(4, "committed"), (10, "committed")]
+    assert book.epsilon(1e-5) == claim
+
+
+def test_no_more_answers_than_were_charged(tmp_path):
+    one, book = labeller(tmp_path, ConfidentGNMax(50, 0.1, 3.0), max_queries=3)
+    found = one.label(QUERIES[:3], VOTES[[0, 1, 3]])
+    assert found.answered == 3
+    assert [entry.steps for entry in book.entries] == [3, 3]
+    assert one.label(["x"], VOTES[:1]).unaffordable == 1
+    assert [entry.steps for entry in book.entries] == [3, 3]
 
 
 def test_closing_frees_them_under_an_adaptive_filter(tmp_path):
@@ -155,7 +163,17 @@ def test_an_interactive_student_may_change_and_its_costs_may_not(tmp_path):
     assert one.label(["b"], VOTES[:1], mechanism=other).labels.tolist() == [0]
     with pytest.raises(ValueError, match="other costs"):
         one.label(["c"], VOTES[:1], mechanism=GNMax(2.0))
-    assert [entry.steps for entry in book.entries] == [2, 1]
+    # The same kind, and less noise.
+    wrong = InteractiveGNMax(40, 1.0, 1.0, student_probabilities=chances)
+    with pytest.raises(ValueError, match="other costs"):
+        one.label(["c"], VOTES[:1], mechanism=wrong)
+    assert [entry.steps for entry in book.entries] == [2, 10]
+
+
+def test_a_mechanism_of_the_same_cost_and_another_sensitivity_is_refused(tmp_path):
+    one, _ = labeller(tmp_path, GNMax(100.0, teachers_per_patient=2))
+    with pytest.raises(ValueError, match="other costs"):
+        one.label(["a"], VOTES[:1], mechanism=GNMax(50.0))
 
 
 def test_several_labels_for_each_query(tmp_path):
@@ -189,6 +207,64 @@ def test_a_file_belongs_to_one_mechanism_one_set_of_teachers_and_one_ledger(tmp_
             labeller(tmp_path, **changes)
     with pytest.raises(LedgerError, match="no entry"):
         labeller(tmp_path, ledger=PrivacyLedger(tmp_path / "other.jsonl"))
+
+
+def test_reopened_it_is_the_same_cohort_unit_delta_and_secrecy(tmp_path):
+    book = PrivacyLedger.register(
+        tmp_path / "ledger.jsonl", cohort="Lungs", budget=PrivacyBudget(8.0, 1e-5), ids=["p1", "p2"]
+    )
+    one, _ = labeller(tmp_path, ledger=book, ids=["p1", "p2"])
+    one.label(QUERIES, VOTES)
+    with pytest.raises(ValueError, match="not in the cohort"):
+        labeller(tmp_path, ledger=book, ids=["p1", "stranger"])
+    for changes in ({"unit": "image"}, {"delta": 1e-6}):
+        with pytest.raises(ValueError, match="Name another file"):
+            labeller(tmp_path, ledger=book, **changes)
+    with pytest.raises(ValueError, match="noise that can be repeated"):
+        labeller(tmp_path, ledger=book, noise=InsecureNoise(0))
+
+
+@pytest.mark.parametrize("mechanism", [GNMax(10.0), ConfidentGNMax(80, 5.0, 5.0)])
+@pytest.mark.parametrize("which", ["ledger", "answers"])
+def test_an_older_copy_of_either_file_is_noticed(tmp_path, which, mechanism):
+    one, _ = labeller(tmp_path, mechanism)
+    one.label(QUERIES[:2], VOTES[:2])
+    names = [path for path in tmp_path.iterdir() if path.name.startswith(which) and not path.name.endswith(".lock")]
+    kept = {path: path.read_bytes() for path in names}
+    one.label(QUERIES[2:], VOTES[2:])
+    for path, content in kept.items():
+        path.write_bytes(content)
+    with pytest.raises(LedgerError, match="older copy"):
+        labeller(tmp_path, mechanism)
+
+
+def test_answers_put_back_to_before_they_were_drawn_are_not_drawn_again(tmp_path, monkeypatch):
+    one, _ = labeller(tmp_path)
+    kept = {}
+    write = AnswerFile.write_answers
+
+    def keeping(self, answers):
+        kept.update({path: path.read_bytes() for path in tmp_path.glob("answers*") if not path.name.endswith(".lock")})
+        write(self, answers)
+
+    monkeypatch.setattr(AnswerFile, "write_answers", keeping)
+    one.label(QUERIES, VOTES)
+    monkeypatch.setattr(AnswerFile, "write_answers", write)
+    for path, content in kept.items():
+        path.write_bytes(content)
+    with pytest.raises(LedgerError, match="older copy"):
+        labeller(tmp_path)[0].label(QUERIES, VOTES)
+
+
+def test_a_copy_of_the_answers_does_not_answer_on_the_same_charge(tmp_path):
+    one, book = labeller(tmp_path)
+    for path in list(tmp_path.glob("answers.jsonl*")):
+        (tmp_path / path.name.replace("answers", "copy")).write_bytes(path.read_bytes())
+    other, _ = labeller(tmp_path, ledger=book, answers=tmp_path / "copy.jsonl")
+    other.label(QUERIES[:2], VOTES[:2])
+    with pytest.raises(LedgerError, match="a second one"):
+        one.label(QUERIES[:2], VOTES[:2])
+    assert book.entries[0].steps == 2
 
 
 def test_repeatable_noise_is_not_private(tmp_path):
@@ -235,7 +311,7 @@ def test_interrupted_anywhere_it_goes_on_without_a_second_charge_or_answer(tmp_p
     from monai_privacy.accounting.ledger_file import LedgerFile
 
     append = LedgerFile.append
-    for stop in range(1, 9):
+    for stop in range(1, 13):
         for when in ("before", "after"):
             folder = tmp_path / f"{stop}{when}"
             folder.mkdir()
@@ -261,13 +337,15 @@ def test_interrupted_anywhere_it_goes_on_without_a_second_charge_or_answer(tmp_p
             found = other.label([*QUERIES, "x"], torch.cat([VOTES, VOTES[3:]]))
             assert one.label([*QUERIES, "x"], VOTES[[0, 1, 2, 3, 3]]).labels.tolist() == found.labels.tolist()
             steps = [entry.steps for entry in book.entries]
-            assert steps == ([5] if isinstance(mechanism, GNMax) else [5, found.answered]), (stop, when)
+            assert steps == ([5] if isinstance(mechanism, GNMax) else [5, 10]), (stop, when)
+            assert found.unaffordable == 0
 
 
 SCRIPT = """
 import sys, torch
 from monai_privacy.accounting.ledger import PrivacyLedger
 from monai_privacy.mechanisms.confident_voting import ConfidentGNMax
+from monai_privacy.pate.answers import AnswerFile
 from monai_privacy.pate.labelling import VoteLabeller
 folder = sys.argv[1]
 one = VoteLabeller(
@@ -308,4 +386,4 @@ def test_killed_at_any_point_nothing_is_charged_or_answered_twice(tmp_path):
     assert kills == 8
     assert len(seen) == 600
     book = PrivacyLedger(tmp_path / "ledger.jsonl")
-    assert [entry.steps for entry in book.entries] == [600, sum(label >= 0 for label in seen.values())]
+    assert [entry.steps for entry in book.entries] == [600, 2000]

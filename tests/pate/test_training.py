@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -104,6 +105,26 @@ def test_teachers_are_trained_once_resumed_and_each_on_its_own_shard(datalist, t
     broken = TeacherRecipe(BUNDLE, RECIPE.config_files, overrides=(("learning_rate", "much"),))
     with pytest.raises(ValueError, match=r"teacher \d+ could not be trained"):
         train_teachers(broken, manifest, shards, folder, workers=1)
+
+
+@pytest.mark.slow(seconds=30)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_key": "data_dir"}, "no entry 'data_dir'"),
+        ({"output_key": "results"}, "no entry 'results'"),
+        ({"overrides": "all patients"}, "images that are not the"),
+    ],
+)
+def test_a_teacher_that_would_read_other_images_is_not_trained(datalist, tmp_path, changes, message):
+    write_shards(datalist, tmp_path / "shards", 2, key=KEY)
+    manifest = read_manifest(tmp_path / "shards" / MANIFEST, KEY)
+    if "overrides" in changes:
+        changes = {"overrides": (*RECIPE.overrides, ("datalist_file", str(datalist)))}
+    wrong = dataclasses.replace(RECIPE, **changes)
+    assert wrong.digest != RECIPE.digest
+    with pytest.raises(ValueError, match=message):
+        train_teachers(wrong, manifest, tmp_path / "shards", tmp_path / "teachers", workers=1)
 
 
 @pytest.mark.slow(seconds=60)

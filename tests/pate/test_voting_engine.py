@@ -24,6 +24,7 @@ import torch
 from ignite.engine import Events
 from monai.data import DataLoader, Dataset
 from monai.engines import EnsembleEvaluator
+from monai.engines.utils import IterationEvents
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, RandFlipd, ScaleIntensityd
 from torch import nn
@@ -34,6 +35,7 @@ from monai_privacy.pate.components import PrivateVoted, PrivateVoteHandler
 from monai_privacy.pate.engine import TeacherVoteEvaluator, VoteEvents, most_likely_class
 from monai_privacy.pate.hospital_votes import HospitalVotes, read_hospital_votes, total_votes, write_hospital_votes
 from monai_privacy.pate.labelling import VoteLabeller, query_digest
+from monai_privacy.pate.steps import label_votes
 from monai_privacy.pate.teachers import Teacher, TeacherSet, record_teacher, trained_teacher
 from monai_privacy.provenance import file_digest
 
@@ -236,6 +238,77 @@ def test_a_set_is_of_as_many_different_teachers(tmp_path):
             TeacherSet(group)
 
 
+def test_patients_in_several_teachers_cost_more_or_are_refused(tmp_path):
+    group = TeacherSet(
+        tuple(dataclasses.replace(one, teachers_per_patient=2) for one in teachers(tmp_path / "t", [0, 1, 1]).teachers)
+    )
+    assert group.teachers_per_patient == 2
+    with pytest.raises(ValueError, match="patients are in 2 of these teachers"):
+        evaluator(group, labeller=labeller(tmp_path, 3))
+    enough = labeller(tmp_path, 3, GNMax(0.3, teachers_per_patient=2), answers=tmp_path / "other.jsonl")
+    evaluator(group, labeller=enough).run()
+    votes = dataclasses.replace(votes_of("north", [[5, 0], [1, 4]]), teachers_per_patient=2)
+    book = PrivacyLedger(tmp_path / "book.jsonl")
+    common = {"epsilon": 1.0, "delta": 1e-5, "allow_uninformative": True}
+    with pytest.raises(ValueError, match="patients in 2 of its teachers"):
+        label_votes([votes], book, tmp_path / "answers2.jsonl", **common)
+    assert book.entries == ()
+    label_votes([votes], book, tmp_path / "answers2.jsonl", teachers_per_patient=2, **common)
+    assert 0.99 < book.epsilon(1e-5) <= 1
+
+
+def test_teachers_of_two_partitions_or_half_of_one_do_not_vote_together(tmp_path):
+    one, two = teachers(tmp_path, [0, 1]).teachers
+    replace = dataclasses.replace
+    whole = [replace(teacher, partition="p", of=2) for teacher in (one, two)]
+    assert len(TeacherSet(tuple(whole))) == 2
+    for group in ([whole[0], replace(whole[1], partition="q")], [replace(whole[0], of=3), replace(whole[1], of=3)]):
+        with pytest.raises(ValueError, match="not all those of one partition"):
+            TeacherSet(tuple(group))
+
+
+def test_the_same_weights_in_two_files_are_one_teacher(tmp_path):
+    state = {"model": {"scores": torch.tensor([1.0, 2.0])}}
+    for name in ("best.pt", "last.pt"):
+        torch.save(state, tmp_path / name)
+    paths = [tmp_path / "best.pt", tmp_path / "last.pt"]
+    assert file_digest(paths[0]) != file_digest(paths[1])
+    with pytest.raises(ValueError, match="teachers 0, 1 have the same weights"):
+        TeacherSet.from_checkpoints(paths)
+
+
+def test_one_teacher_cannot_say_more_than_it_is_charged_for(tmp_path):
+    group = teachers(tmp_path / "t", [1, 1, 1])
+
+    def everything(scores, classes):
+        return torch.ones(len(scores), classes, dtype=torch.int64)
+
+    with pytest.raises(ValueError, match="a teacher does not vote for 1 class"):
+        evaluator(group, vote=everything).run()
+    mechanism = LabelVoting(0.2, num_labels=2, most_positives=1)
+    with pytest.raises(ValueError, match="a teacher does not vote for at most 1 labels"):
+        evaluator(group, vote=everything, labeller=labeller(tmp_path, 3, mechanism)).run()
+    keys = [f"pred{i}" for i in range(4)]
+    other = labeller(tmp_path, 4, answers=tmp_path / "b.jsonl")
+    with pytest.raises(ValueError, match="a teacher does not vote for 1 class"):
+        PrivateVoted(keys, other, vote=everything)({"image": torch.rand(1, 2, 2), **{k: torch.rand(2) for k in keys}})
+
+
+def test_an_ensemble_of_copies_or_with_an_onlooker_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="named twice"):
+        PrivateVoted(["pred0", "pred0"], labeller(tmp_path, 2))
+    keys = [f"pred{i}" for i in range(4)]
+    one = ensemble(tmp_path)
+    one.networks = [one.networks[0], *one.networks[:3]]
+    handler = PrivateVoteHandler(labeller(tmp_path, 4, answers=tmp_path / "b.jsonl"), keys)
+    with pytest.raises(ValueError, match="the same weights"):
+        handler.attach(one)
+    other = ensemble(tmp_path)
+    other.add_event_handler(IterationEvents.FORWARD_COMPLETED, lambda engine: None)
+    with pytest.raises(ValueError, match="Attach this handler first"):
+        handler.attach(other)
+
+
 def test_files_of_others_are_taken_as_they_are_and_copies_are_not(tmp_path):
     paths = [teacher.checkpoint for teacher in teachers(tmp_path, [0, 1, 1])]
     assert len(TeacherSet.from_checkpoints(paths)) == 3
@@ -270,7 +343,8 @@ def test_a_teacher_that_was_interrupted_or_changed_is_trained_again(tmp_path):
 
 
 def votes_of(hospital, rows, teachers=5, queries=("a", "b")):
-    return HospitalVotes(hospital, teachers, queries, tuple(tuple(row) for row in rows), "hash")
+    names = tuple(f"{hospital} {number}" for number in range(teachers))
+    return HospitalVotes(hospital, teachers, queries, tuple(tuple(row) for row in rows), names, 1)
 
 
 def test_hospitals_add_up_whatever_the_order_of_their_queries(tmp_path):
@@ -279,6 +353,7 @@ def test_hospitals_add_up_whatever_the_order_of_their_queries(tmp_path):
         write_hospital_votes(votes_of("south", [[2, 1], [0, 3]], 3, ("b", "a")), tmp_path / "s.json"),
     ]
     assert (tmp_path / "n.json").stat().st_mode & 0o077 == 0
+    assert "5, 0" not in repr(read_hospital_votes(files[0]))
     names, total, number = total_votes([read_hospital_votes(file) for file in files])
     assert (names, total.tolist(), number) == (("a", "b"), [[5, 3], [3, 5]], 8)
 
@@ -294,6 +369,20 @@ def test_hospitals_add_up_whatever_the_order_of_their_queries(tmp_path):
         (lambda: votes_of(" ", [[5, 0], [5, 0]]), "name no hospital"),
         (lambda: votes_of("north", [[5, 0], [5, 0]], teachers=0), "num_teachers"),
         (lambda: total_votes([]), "no votes"),
+        (
+            lambda: total_votes([votes_of("North", [[5, 0], [1, 4]]), votes_of(" north", [[5, 0], [1, 4]])]),
+            "north is there twice",
+        ),
+        (
+            lambda: total_votes(
+                [votes_of("n", [[5, 0], [1, 4]]), dataclasses.replace(votes_of("n", [[5, 0], [1, 4]]), hospital="s")]
+            ),
+            "5 teachers vote for two hospitals",
+        ),
+        (
+            lambda: dataclasses.replace(votes_of("n", [[5, 0], [1, 4]]), teachers=("a",) * 5),
+            "names 5, of which 1 are different",
+        ),
         (lambda: total_votes([votes_of("n", [[5, 0], [1, 4]])] * 2), "n is there twice"),
         (
             lambda: total_votes([votes_of("n", [[5, 0], [1, 4]]), votes_of("s", [[5, 0], [1, 4]], queries=("a", "c"))]),
@@ -313,7 +402,9 @@ def test_files_that_hold_no_votes(tmp_path, text):
         read_hospital_votes(tmp_path / "v.json")
     with pytest.raises(ValueError, match="cannot be read"):
         read_hospital_votes(tmp_path / "none.json")
-    (tmp_path / "v.json").write_text(json.dumps({"format": 1, "queries": ["a"], "votes": [[1, 0]], "more": 1}))
+    (tmp_path / "v.json").write_text(
+        json.dumps({"format": 2, "queries": ["a"], "votes": [[1, 0]], "teachers": [], "more": 1})
+    )
     with pytest.raises(ValueError, match="holds no votes"):
         read_hospital_votes(tmp_path / "v.json")
 
@@ -323,9 +414,9 @@ def test_files_that_hold_no_votes(tmp_path, text):
 
 def ensemble(tmp_path, **changes):
     networks = []
-    for chosen in [1, 1, 1, 0]:
+    for number, chosen in enumerate([1, 1, 1, 0]):
         network = Net()
-        network.scores.data = torch.tensor([1.0 - chosen, float(chosen)])
+        network.scores.data = torch.tensor([1.0 - chosen, float(chosen)]) * (1 + number)
         networks.append(network)
     return EnsembleEvaluator(
         device=torch.device("cpu"),
