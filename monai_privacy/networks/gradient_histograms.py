@@ -73,7 +73,8 @@ class GradientHistograms(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images (B, C, H, W) to features (B, F), F = (H // cell_size - 1) (W // cell_size - 1) 4 orientations."""
         cell = self.cell_size
-        if x.ndim != 4 or x.shape[1] < 1 or min(x.shape[2:]) < 2 * cell:
+        # Not while tracing, which would take the answer for a constant.
+        if not torch.jit.is_tracing() and (x.ndim != 4 or x.shape[1] < 1 or min(x.shape[2:]) < 2 * cell):
             raise ValueError(
                 f"images have shape {tuple(x.shape)}, but must be (B, C, H, W) with at least {2 * cell} pixels a side. "
                 "Resize them, or choose a smaller cell_size."

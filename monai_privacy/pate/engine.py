@@ -106,7 +106,7 @@ class TeacherVoteEvaluator(Workflow):
         if labeller is not None and labeller.teachers_per_patient < teachers.teachers_per_patient:
             raise ValueError(
                 f"teachers_per_patient is {labeller.teachers_per_patient}, but patients are in "
-                f"{teachers.teachers_per_patient} of these teachers: they move so many votes. Give the mechanism that number."
+                f"{teachers.teachers_per_patient} of these teachers: they move so many votes. Tell the mechanism."
             )
         self.network = network.to(device)
         self.teachers = teachers
