@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -280,6 +281,8 @@ def run(
     from monai_privacy.pate.story import PateStory, run_story
     from monai_privacy.report import PrivacyReport
 
+    # MONAI's handlers log to the standard output, which is for the result.
+    logging.disable(logging.WARNING)
     story = PateStory(hospitals, teachers, queries, epsilon, delta, seed, allow_uninformative)
     changes = _overrides(override)
     if data is None:

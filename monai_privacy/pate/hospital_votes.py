@@ -40,7 +40,8 @@ class HospitalVotes:
         num_teachers: how many of its teachers voted on each query.
         queries: a name for each, by content (see :func:`~monai_privacy.pate.labelling.query_digest`).
         votes: counts, one row a query, one column a class.
-        teachers: SHA-256 of each teacher's weights; empty for one of an empty shard.
+        teachers: the identity of each teacher (see :class:`~monai_privacy.pate.teachers.Teacher`); empty for one of an empty
+            shard.
         teachers_per_patient: most of its teachers that one patient is in.
 
     Raises:

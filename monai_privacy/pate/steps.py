@@ -101,7 +101,7 @@ def hospital_votes_of(
         len(teachers),
         tuple(rows),
         tuple(tuple(row) for row in rows.values()),
-        tuple(one.weights or one.sha256 for one in teachers),
+        tuple(one.identity for one in teachers),
         teachers.teachers_per_patient,
     )
     files = [str(name) for batch in loader for name in _file_names(batch)]

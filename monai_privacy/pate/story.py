@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from monai_privacy.pate.planning import VotingPlan, advice, require_informative
 from monai_privacy.pate.steps import hospital_votes_of, key_from_file, label_votes, write_labels
 from monai_privacy.pate.students import split_answers
 from monai_privacy.pate.teachers import TeacherSet
-from monai_privacy.pate.training import MANIFEST, TeacherRecipe, train_teachers, write_shards
+from monai_privacy.pate.training import MANIFEST, TeacherRecipe, teacher_pool, train_teachers, write_shards
 
 __all__ = ["PateStory", "StoryResult", "run_story"]
 
@@ -128,13 +129,12 @@ def run_story(
         require_informative(advice(plan, hospitals=story.hospitals))
     recipe = TeacherRecipe(bundle.absolute(), tuple(train_config), overrides=tuple(sorted(changes.items())))
     votes = []
-    for name, records in _hospitals(lists["training"], story).items():
-        say(f"{name}: {len({r['patient_id'] for r in records})} patients, {story.teachers} teachers")
-        files = [record["image"] for record in asked]
-        others = [record["patient_id"] for record in asked]
-        found = _vote(recipe, name, records, files, output / name, story, inference_config, changes, others)
-        write_hospital_votes(found, output / name / "votes.json")
-        votes.append(found)
+    with teacher_pool() as pool:
+        for name, records in _hospitals(lists["training"], story).items():
+            say(f"{name}: {len({r['patient_id'] for r in records})} patients, {story.teachers} teachers")
+            found = _vote(recipe, name, records, asked, output / name, story, inference_config, changes, pool)
+            write_hospital_votes(found, output / name / "votes.json")
+            votes.append(found)
     ledger = PrivacyLedger(output / "ledger.jsonl")
     queries, answers, _ = label_votes(
         votes, ledger, output / "answers.jsonl", epsilon=story.epsilon, delta=story.delta,
@@ -190,12 +190,12 @@ def _vote(
     recipe: TeacherRecipe,
     name: str,
     records: Sequence[dict[str, Any]],
-    files: Sequence[str],
+    asked: Sequence[dict[str, Any]],
     folder: Path,
     story: PateStory,
     inference_config: Sequence[str],
     changes: Mapping[str, Any],
-    strangers: Sequence[str],
+    pool: ProcessPoolExecutor,
 ) -> HospitalVotes:
     """One hospital's teachers, trained where they are not, and what they say."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,9 +204,12 @@ def _vote(
         _write_list(folder / "datalist.json", training=records)
         write_shards(folder / "datalist.json", folder / "shards", story.teachers, key=key)
     manifest = read_manifest(folder / "shards" / MANIFEST, key)
-    manifest.require_strangers(strangers)
-    teachers: TeacherSet = train_teachers(recipe, manifest, folder / "shards", folder / "teachers")
-    known = {"input_files": list(files), **{k: v for k, v in changes.items() if k in ("device", "image_size")}}
+    manifest.require_strangers([record["patient_id"] for record in asked])
+    teachers: TeacherSet = train_teachers(recipe, manifest, folder / "shards", folder / "teachers", pool=pool)
+    known = {
+        "input_files": [record["image"] for record in asked],
+        **{k: v for k, v in changes.items() if k in ("device", "image_size")},
+    }
     votes, named = hospital_votes_of(
         recipe.bundle_root, teachers, hospital=name, config_files=inference_config, overrides=known
     )

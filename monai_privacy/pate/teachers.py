@@ -60,6 +60,15 @@ class Teacher:
     partition: str = ""
     of: int = 0
 
+    @property
+    def identity(self) -> str:
+        """A name for whose patients it learnt from, as far as that is known: its shard, or else its weights."""
+        if self.checkpoint is None:
+            return ""
+        if not self.partition:
+            return self.weights or self.sha256
+        return hashlib.sha256(f"{self.partition} {self.shard}".encode()).hexdigest()
+
     def load_into(self, network: nn.Module, device: torch.device | str = "cpu") -> None:
         """Put this teacher's weights into ``network``, every one of them, in evaluation mode.
 
@@ -110,14 +119,16 @@ class TeacherSet:
                 "each shard has one teacher. Train those that are missing; every teacher votes."
             )
         trained = [teacher for teacher in self.teachers if teacher.checkpoint is not None]
-        for values, what in (
-            ([one.sha256 for one in trained], "the same weights"),
-            ([one.weights or one.sha256 for one in trained], "the same weights"),
-            ([one.shard for one in trained], "the same shard"),
+        # Of shards that are known to be different, two may well teach the same, such as one class alone.
+        unknown = [one for one in trained if not one.partition]
+        for group, values, what in (
+            (unknown, [one.sha256 for one in unknown], "the same weights"),
+            (unknown, [one.weights or one.sha256 for one in unknown], "the same weights"),
+            (trained, [one.shard for one in trained], "the same shard"),
         ):
             same = _repeated(values)
             if same:
-                clones = [one.number for one, value in zip(trained, values, strict=True) if value == same[0]]
+                clones = [one.number for one, value in zip(group, values, strict=True) if value == same[0]]
                 raise ValueError(
                     f"teachers {_listed(clones)} have {what}: one patient would move several votes. Train each on its own "
                     "shard."

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -20,7 +21,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from monai_privacy.data.partition_manifest import PartitionManifest
 from monai_privacy.pate.teachers import Teacher, TeacherSet, record_teacher, trained_teacher, weights_digest
 from monai_privacy.provenance import file_digest
 
-__all__ = ["MANIFEST", "TeacherRecipe", "train_teachers", "write_shards"]
+__all__ = ["MANIFEST", "TeacherRecipe", "teacher_pool", "train_teachers", "write_shards"]
 
 MANIFEST = "manifest.json"
 _ROOM = 0.8
@@ -131,6 +132,7 @@ def train_teachers(
     folder: str | os.PathLike[str],
     *,
     workers: int | None = None,
+    pool: ProcessPoolExecutor | None = None,
     on_done: Callable[[int, int], None] = lambda done, total: None,
 ) -> TeacherSet:
     """Train one teacher on each shard, side by side in processes; those already trained are kept.
@@ -144,6 +146,7 @@ def train_teachers(
         shards: the folder that :func:`write_shards` filled.
         folder: for the teachers, ``000/`` and so on.
         workers: processes side by side; None for as many as there are cores and memory for, one on a GPU.
+        pool: of :func:`teacher_pool`, to be used again; one of its own where None.
         on_done: called with the number of teachers trained so far, and of all.
 
     Raises:
@@ -172,7 +175,8 @@ def train_teachers(
         finish(number, None)
     todo = [number for number in todo if manifest.shards[number].num_rows]
     if todo:
-        _train_all(recipe, todo, Path(shards), root, workers, finish)
+        with contextlib.nullcontext(pool) if pool is not None else teacher_pool() as processes:
+            _train_all(recipe, todo, Path(shards), root, workers, processes, finish)
     return TeacherSet.from_folder(root, num_teachers=len(places))
 
 
@@ -200,35 +204,35 @@ def _train_all(
     shards: Path,
     root: Path,
     workers: int | None,
+    pool: ProcessPoolExecutor,
     finish: Callable[[int, str | None], None],
 ) -> None:
-    number_of_workers = 1 if workers is None else checked_count("workers", workers)
+    most = None if workers is None else checked_count("workers", workers)
     rest = list(todo)
-    if workers is None:
-        # What one training takes says how many fit side by side.
-        first = rest.pop(0)
-        with _pool(1) as pool:
-            sha256, peak = pool.submit(_train_one, recipe, *_folders(first, shards, root), 1).result()
-        finish(first, sha256)
-        number_of_workers = _how_many(peak)
-    if not rest:
-        return
-    threads = max(1, (os.cpu_count() or 1) // number_of_workers)
-    with _pool(min(number_of_workers, len(rest))) as pool:
-        running: dict[Future[tuple[str, int]], int] = {
-            pool.submit(_train_one, recipe, *_folders(number, shards, root), threads): number for number in rest
-        }
-        try:
-            for future in as_completed(running):
-                finish(running[future], future.result()[0])
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    running: dict[Future[tuple[str, int]], int] = {}
+    threads = 1 if most is None else max(1, (os.cpu_count() or 1) // most)
+    try:
+        while rest or running:
+            # What the first training takes says how many fit side by side; the pool starts processes as they are needed.
+            while rest and len(running) < (most or 1):
+                number = rest.pop(0)
+                job = pool.submit(_train_one, recipe, *_folders(number, shards, root), threads)
+                running[job] = number
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for job in done:
+                sha256, peak = job.result()
+                finish(running.pop(job), sha256)
+                most = _how_many(peak) if most is None else most
+    except BaseException:
+        for job in running:
+            job.cancel()
+        raise
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
+def teacher_pool() -> ProcessPoolExecutor:
+    """Processes for trainings, to be shared by several calls of :func:`train_teachers`: each takes seconds to start."""
     # Not forked: threads of torch do not survive it.
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    return ProcessPoolExecutor(os.cpu_count() or 1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _folders(number: int, shards: Path, root: Path) -> tuple[Path, Path]:

@@ -21,6 +21,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -445,6 +446,12 @@ def test_two_processes_never_overspend_together(path: Path, fork: Fork) -> None:
 def test_two_processes_killed_at_any_point_never_overspend(tmp_path: Path, fork: Fork) -> None:
     """200 kills: what was acknowledged is on the ledger, and what all may still do fits the budget."""
     budget, chance, acknowledged = PrivacyBudget(8.0, 1e-5), random.Random(1), 0
+    # So long that a few steps are recorded on this machine, however busy it is.
+    alone = {"path": str(tmp_path / "alone.jsonl"), "planned": 3, "used": 3}
+    PrivacyLedger(tmp_path / "alone.jsonl", budget=PrivacyBudget(1.0, 1e-5))
+    start = time.monotonic()
+    (numbers,) = fork(RESERVE, alone)
+    longest = 6 * (time.monotonic() - start) / len(numbers)
     for batch in range(10):
         path = tmp_path / f"{batch}.jsonl"
         book = PrivacyLedger(path, budget=budget)
@@ -452,7 +459,10 @@ def test_two_processes_killed_at_any_point_never_overspend(tmp_path: Path, fork:
             before = sum(entry.steps for entry in book.entries)
             names = {"path": str(path), "planned": chance.randint(1, 9)}
             said = fork(
-                RESERVE, names | {"used": 1}, names | {"used": names["planned"]}, kill_after=chance.uniform(0.0, 0.05)
+                RESERVE,
+                names | {"used": 1},
+                names | {"used": names["planned"]},
+                kill_after=chance.uniform(0.0, longest),
             )
             numbers = sum(line.isdigit() for lines in said for line in lines)
             steps = sum(entry.steps for entry in PrivacyLedger(path).entries)
@@ -469,7 +479,7 @@ def test_two_processes_killed_at_any_point_never_overspend(tmp_path: Path, fork:
         assert book.state.epsilon(budget.delta, reserved=True) == book.epsilon(budget.delta) <= reserved
         if any(entry.steps_left for entry in open_runs):
             assert book.epsilon(budget.delta) < reserved
-    assert acknowledged > 100
+    assert acknowledged > 20
 
 
 # --- several writers

@@ -27,7 +27,7 @@ from monai_privacy.data import read_chest_xrays, write_datalist, write_synthetic
 from monai_privacy.data.partition_manifest import read_manifest
 from monai_privacy.pate.steps import key_from_file
 from monai_privacy.pate.teachers import TeacherSet
-from monai_privacy.pate.training import MANIFEST, TeacherRecipe, train_teachers, write_shards
+from monai_privacy.pate.training import MANIFEST, TeacherRecipe, teacher_pool, train_teachers, write_shards
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "chest_xray_classification"
 KEY = bytes(range(32))
@@ -41,6 +41,12 @@ def datalist(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_synthetic_chest_xrays(folder / "synthetic", num_patients=40, image_size=32, seed=3)
     return write_datalist(read_chest_xrays(folder / "synthetic"), folder / "list", seed=0)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with teacher_pool() as processes:
+        yield processes
 
 
 def training(datalist):
@@ -73,12 +79,14 @@ def test_records_without_patients_or_hospitals_are_refused(datalist, tmp_path):
 
 
 @pytest.mark.slow(seconds=60)
-def test_teachers_are_trained_once_resumed_and_each_on_its_own_shard(datalist, tmp_path, monkeypatch):
+def test_teachers_are_trained_once_resumed_and_each_on_its_own_shard(datalist, tmp_path, pool):
     shards, folder = tmp_path / "shards", tmp_path / "teachers"
     write_shards(datalist, shards, 12, key=KEY)  # some are empty
     manifest = read_manifest(shards / MANIFEST, KEY)
     steps = []
-    group = train_teachers(RECIPE, manifest, shards, folder, on_done=lambda done, total: steps.append((done, total)))
+    group = train_teachers(
+        RECIPE, manifest, shards, folder, pool=pool, on_done=lambda done, total: steps.append((done, total))
+    )
     assert steps == [(n, 12) for n in range(13)]
     empty = [shard.teacher for shard in manifest.shards if not shard.num_rows]
     assert [teacher.number for teacher in group if teacher.checkpoint is None] == empty
@@ -86,7 +94,7 @@ def test_teachers_are_trained_once_resumed_and_each_on_its_own_shard(datalist, t
 
     times = {n: (folder / f"{n:03d}" / "teacher.json").stat().st_mtime_ns for n in range(12)}
     (folder / "003" / "teacher.json").unlink()
-    assert train_teachers(RECIPE, manifest, shards, folder, workers=2).digest == group.digest
+    assert train_teachers(RECIPE, manifest, shards, folder, workers=2, pool=pool).digest == group.digest
     changed = [n for n in range(12) if (folder / f"{n:03d}" / "teacher.json").stat().st_mtime_ns != times[n]]
     assert changed == [3]
 
@@ -104,10 +112,10 @@ def test_teachers_are_trained_once_resumed_and_each_on_its_own_shard(datalist, t
     shutil.rmtree(folder)
     broken = TeacherRecipe(BUNDLE, RECIPE.config_files, overrides=(("learning_rate", "much"),))
     with pytest.raises(ValueError, match=r"teacher \d+ could not be trained"):
-        train_teachers(broken, manifest, shards, folder, workers=1)
+        train_teachers(broken, manifest, shards, folder, workers=1, pool=pool)
 
 
-@pytest.mark.slow(seconds=30)
+@pytest.mark.slow(seconds=5)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -116,7 +124,7 @@ def test_teachers_are_trained_once_resumed_and_each_on_its_own_shard(datalist, t
         ({"overrides": "all patients"}, "images that are not the"),
     ],
 )
-def test_a_teacher_that_would_read_other_images_is_not_trained(datalist, tmp_path, changes, message):
+def test_a_teacher_that_would_read_other_images_is_not_trained(datalist, tmp_path, pool, changes, message):
     write_shards(datalist, tmp_path / "shards", 2, key=KEY)
     manifest = read_manifest(tmp_path / "shards" / MANIFEST, KEY)
     if "overrides" in changes:
@@ -124,7 +132,7 @@ def test_a_teacher_that_would_read_other_images_is_not_trained(datalist, tmp_pat
     wrong = dataclasses.replace(RECIPE, **changes)
     assert wrong.digest != RECIPE.digest
     with pytest.raises(ValueError, match=message):
-        train_teachers(wrong, manifest, tmp_path / "shards", tmp_path / "teachers", workers=1)
+        train_teachers(wrong, manifest, tmp_path / "shards", tmp_path / "teachers", workers=1, pool=pool)
 
 
 @pytest.mark.slow(seconds=60)

@@ -36,7 +36,7 @@ from monai_privacy.pate.engine import TeacherVoteEvaluator, VoteEvents, most_lik
 from monai_privacy.pate.hospital_votes import HospitalVotes, read_hospital_votes, total_votes, write_hospital_votes
 from monai_privacy.pate.labelling import VoteLabeller, query_digest
 from monai_privacy.pate.steps import label_votes
-from monai_privacy.pate.teachers import Teacher, TeacherSet, record_teacher, trained_teacher
+from monai_privacy.pate.teachers import Teacher, TeacherSet, record_teacher, trained_teacher, weights_digest
 from monai_privacy.provenance import file_digest
 
 QUERIES = 6
@@ -275,6 +275,22 @@ def test_the_same_weights_in_two_files_are_one_teacher(tmp_path):
     assert file_digest(paths[0]) != file_digest(paths[1])
     with pytest.raises(ValueError, match="teachers 0, 1 have the same weights"):
         TeacherSet.from_checkpoints(paths)
+
+
+def test_shards_known_to_be_different_may_teach_the_same(tmp_path):
+    state = {"model": {"scores": torch.tensor([1.0, 2.0])}}
+    for number in range(2):
+        torch.save(state, tmp_path / f"{number}.pt")
+    paths = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    known = [
+        Teacher(n, path, file_digest(path), f"shard {n}", weights=weights_digest(path), partition="p", of=2)
+        for n, path in enumerate(paths)
+    ]
+    assert len({teacher.identity for teacher in TeacherSet(tuple(known))}) == 2
+    # The same shard trained again is the same patients.
+    assert known[0].identity == dataclasses.replace(known[0], sha256="other", weights="other").identity
+    with pytest.raises(ValueError, match="the same shard"):
+        TeacherSet((known[0], dataclasses.replace(known[1], shard="shard 0")))
 
 
 def test_one_teacher_cannot_say_more_than_it_is_charged_for(tmp_path):
