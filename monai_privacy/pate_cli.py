@@ -36,6 +36,17 @@ app = typer.Typer(help="Label public images by a private vote of the hospitals' 
 KeyFile = Annotated[
     Path | None, typer.Option(help="File of the key that the patients were divided with; beside the shards otherwise.")
 ]
+Uninformative = Annotated[
+    bool, typer.Option("--allow-uninformative", help="Go on where a student would learn little from the labels.")
+]
+Epsilon = Annotated[float, typer.Option(help="The ε that all labels together may cost a patient.")]
+Delta = Annotated[float, typer.Option(help="The δ of it, well below 1 / number of patients.")]
+PerPatient = Annotated[int, typer.Option(help="Most teachers that saw one patient.")]
+Classes = Annotated[int, typer.Option(help="Classes to vote for.")]
+Configs = Annotated[list[str] | None, typer.Option(help="Config file, and overlays after it, relative to the bundle.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option(help="Further config entries, as name=value, such as dataset_dir=<folder>.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 # e^20 is 500 million to one.
@@ -54,18 +65,16 @@ def _group() -> None:
 def plan(
     teachers: Annotated[int, typer.Option(help="Teachers that vote, on disjoint patients.")],
     queries: Annotated[int, typer.Option(help="Images to be labelled.")],
-    epsilon: Annotated[float, typer.Option(help="The ε that all labels together may cost a patient.")],
-    classes: Annotated[int, typer.Option(help="Classes to vote for.")] = 2,
-    delta: Annotated[float, typer.Option(help="The δ of it, well below 1 / number of patients.")] = 1e-5,
-    teachers_per_patient: Annotated[int, typer.Option(help="Most teachers that saw one patient.")] = 1,
+    epsilon: Epsilon,
+    classes: Classes = 2,
+    delta: Delta = 1e-5,
+    teachers_per_patient: PerPatient = 1,
     agreement: Annotated[float, typer.Option(help="Assumed share of the teachers that give the same label.")] = 0.9,
     target: Annotated[float, typer.Option(help="Share of the labels that ought to be the teachers'.")] = 0.9,
     hospitals: Annotated[
         int | None, typer.Option(help="Hospitals that share the teachers; one each where not given.")
     ] = None,
-    allow_uninformative: Annotated[
-        bool, typer.Option("--allow-uninformative", help="Accept labels that teach a student little.")
-    ] = False,
+    allow_uninformative: Uninformative = False,
     plot: Annotated[Path | None, typer.Option(help="A PNG of label accuracy against ε, instead of bars.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -143,10 +152,8 @@ def train_teachers(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle that each teacher is trained by.")],
     shards: Annotated[Path, typer.Argument(help="Folder of the shards, from partition.")],
     output: Annotated[Path, typer.Argument(help="Folder for the teachers.")],
-    config: Annotated[
-        list[str] | None, typer.Option(help="Training config, and overlays after it, relative to the bundle.")
-    ] = None,
-    override: Annotated[list[str] | None, typer.Option(help="Further entries, as name=value.")] = None,
+    config: Configs = None,
+    override: Overrides = None,
     data_key: Annotated[str, typer.Option(help="Config entry for the folder with a datalist.json.")] = "dataset_dir",
     output_key: Annotated[str, typer.Option(help="Config entry for the folder of results.")] = "output_dir",
     checkpoint: Annotated[str, typer.Option(help="The file that a training leaves there.")] = "model.pt",
@@ -180,13 +187,9 @@ def vote(
     teachers: Annotated[Path, typer.Argument(help="Folder of the teachers.")],
     output: Annotated[Path, typer.Argument(help="File for the votes, which are private.")],
     hospital: Annotated[str, typer.Option(help="Name of the hospital that these teachers are of.")],
-    classes: Annotated[int, typer.Option(help="Classes to vote for.")] = 2,
-    config: Annotated[
-        list[str] | None, typer.Option(help="Inference config, and overlays after it, relative to the bundle.")
-    ] = None,
-    override: Annotated[
-        list[str] | None, typer.Option(help="Further entries, such as dataset_dir=<the images to be labelled>.")
-    ] = None,
+    classes: Classes = 2,
+    config: Configs = None,
+    override: Overrides = None,
 ) -> None:
     """Let a hospital's teachers vote on images, and write their votes to a file; teachers never leave the hospital."""
     from monai_privacy.pate.hospital_votes import write_hospital_votes
@@ -215,21 +218,19 @@ def label(
     votes: Annotated[list[Path], typer.Argument(help="A file of votes from each hospital.")],
     ledger: Annotated[Path, typer.Option(help="Ledger of the hospitals' patients.")],
     output: Annotated[Path, typer.Option(help="CSV for the labels.")],
-    epsilon: Annotated[float, typer.Option(help="The ε that all labels together may cost a patient.")],
-    delta: Annotated[float, typer.Option(help="The δ of it, well below 1 / number of patients.")] = 1e-5,
+    epsilon: Epsilon,
+    delta: Delta = 1e-5,
     answers: Annotated[
         Path | None, typer.Option(help="File that remembers answers; beside the ledger otherwise.")
     ] = None,
     max_queries: Annotated[
         int | None, typer.Option(help="Queries that the noise is for; these where not given.")
     ] = None,
-    teachers_per_patient: Annotated[int, typer.Option(help="Most teachers that saw one patient.")] = 1,
+    teachers_per_patient: PerPatient = 1,
     num_patients: Annotated[int | None, typer.Option(help="Patients behind all teachers, for the report.")] = None,
     queries: Annotated[Path | None, typer.Option(help="The .queries.json that names the files.")] = None,
     purpose: Annotated[str, typer.Option(help="Who asks and why, for the report.")] = "",
-    allow_uninformative: Annotated[
-        bool, typer.Option("--allow-uninformative", help="Accept labels that teach a student little.")
-    ] = False,
+    allow_uninformative: Uninformative = False,
     as_json: AsJson = False,
 ) -> None:
     """Add up the hospitals' votes and release noisy labels, charged to the ledger before they are drawn."""
@@ -266,14 +267,12 @@ def run(
     hospitals: Annotated[int, typer.Option(help="Hospitals that the patients are divided among.")] = 5,
     teachers: Annotated[int, typer.Option(help="Teachers of each hospital.")] = 20,
     queries: Annotated[int, typer.Option(help="Most images that the clinic asks about.")] = 100,
-    epsilon: Annotated[float, typer.Option(help="The ε that all labels together may cost a patient.")] = 2.0,
-    delta: Annotated[float, typer.Option(help="The δ of it.")] = 1e-5,
+    epsilon: Epsilon = 2.0,
+    delta: Delta = 1e-5,
     seed: Annotated[int, typer.Option(help="Of who is at which hospital.")] = 0,
     synthetic_patients: Annotated[int, typer.Option(help="How many, without data.")] = 1500,
-    override: Annotated[list[str] | None, typer.Option(help="Further entries, as name=value.")] = None,
-    allow_uninformative: Annotated[
-        bool, typer.Option("--allow-uninformative", help="Go on where the planner refuses.")
-    ] = False,
+    override: Overrides = None,
+    allow_uninformative: Uninformative = False,
     as_json: AsJson = False,
 ) -> None:
     """The whole story on one machine: hospitals' teachers label a clinic's images, and a student learns from them."""
