@@ -16,20 +16,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from typing import Protocol
 
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-# Small enough for the cache, and for torch not to divide the work on half of it: where the other cores are busy, threads
-# wait for each other longer than they work.
-_BLOCK = (1 << 16) - 2
-_PRECISION = 1 << 53
-# Coordinates whose noise takes far longer than a thread takes to start.
-_WORTH_A_THREAD = 1 << 19
+# Large enough that torch's threads are worth their start, and small beside any network that needs several.
+_BLOCK = 1 << 17
+# Of a float64: its bits after the binary point, and the others of a number from 1 to 2.
+_FRACTION, _ONE = (1 << 52) - 1, 0x3FF << 52
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -79,82 +75,79 @@ def _noised_on_cuda(tensor: Tensor, standard_deviation: float) -> Tensor:
     return (tensor.double() + noise * standard_deviation).to(tensor.dtype)
 
 
+@torch.no_grad()
 def _noised_on_cpu(tensors: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
-    sources = [tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    sources = [tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
     targets = [torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources]
     pairs = [(source.reshape(-1), target.view(-1)) for source, target in zip(sources, targets, strict=True)]
-    shares = _shares(pairs, torch.get_num_threads())
-    if len(shares) <= 1:
-        for share in shares:
-            _add_noise(share, standard_deviation)
-    else:
-        # Each share under a key of its own; torch leaves the interpreter free while it computes.
-        with ThreadPoolExecutor(len(shares)) as pool:
-            list(pool.map(_add_noise, shares, repeat(standard_deviation)))
+    noise = _Noise(min(_BLOCK, sum(len(source) for source, _ in pairs)))
+    for block in _blocks(pairs):
+        total = torch.cat([source.double() for source, _ in block])
+        noise.add_to(total, standard_deviation)
+        # The one rounding, where the gradient is in float32.
+        torch._foreach_copy_([target for _, target in block], total.split([len(source) for source, _ in block]))
     return [target.to(tensor) for tensor, target in zip(tensors, targets, strict=True)]
 
 
-def _shares(pairs: Sequence[_Pair], most: int) -> list[list[_Pair]]:
-    """The pairs, cut into as many shares of about the same length as are worth a thread."""
-    number = sum(len(source) for source, _ in pairs)
-    count = max(1, min(most, number // _WORTH_A_THREAD))
-    shares: list[list[_Pair]] = [[] for _ in range(count)]
-    room = -(-number // count)
-    at, filled = 0, 0
+def _blocks(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
+    """The pairs, divided and put together to blocks of equal length, but for the last."""
+    block: list[_Pair] = []
+    room = _BLOCK
     for source, target in pairs:
         done = 0
         while done < len(source):
-            if filled == room:
-                at, filled = at + 1, 0
-            take = min(room - filled, len(source) - done)
-            shares[at].append((source[done : done + take], target[done : done + take]))
-            done, filled = done + take, filled + take
-    return [share for share in shares if share]
+            part = slice(done, done + room)
+            block.append((source[part], target[part]))
+            done, room = done + len(block[-1][0]), room - len(block[-1][0])
+            if room == 0:
+                yield block
+                block, room = [], _BLOCK
+    if block:
+        yield block
 
 
-@torch.no_grad()
-def _add_noise(pairs: Sequence[_Pair], standard_deviation: float) -> None:
-    """Write sources plus noise into targets."""
-    number = sum(len(source) for source, _ in pairs)
-    size = min(_BLOCK, number + number % 2)
-    blocks = _normal_blocks(size, standard_deviation)
-    block, wide = torch.empty(0), torch.empty(size, dtype=torch.float64)
-    for source, target in pairs:
-        done = 0
-        while done < len(source):
-            if not len(block):
-                block = next(blocks)
-            take = min(len(block), len(source) - done)
-            noise, block = block[:take], block[take:]
-            part = slice(done, done + take)
-            # The second copy is the one rounding, where the gradient is in float32.
-            target[part].copy_(wide[:take].copy_(source[part]).add_(noise))
-            done += take
+class _Noise:
+    """Adds fresh normal numbers, under a key of its own.
+
+    Args:
+        size: most numbers at once.
+    """
+
+    def __init__(self, size: int) -> None:
+        size += size % 2
+        self._cipher = Cipher(algorithms.AES(os.urandom(16)), modes.CTR(bytes(16))).encryptor()
+        # The cipher asks for room for one block of its own more.
+        self._zeros, self._drawn = bytes(8 * size), bytearray(8 * size + 15)
+        self._bits = torch.frombuffer(self._drawn, dtype=torch.int64, count=size) if size else torch.empty(0)
+
+    def add_to(self, values: Tensor, standard_deviation: float) -> None:
+        """Change (N,) ``values`` in float64 in place."""
+        self._cipher.update_into(self._zeros, self._drawn)
+        radius, cosine, sine = _polar(_uniform(self._bits), standard_deviation)
+        for part, direction in zip(values.split(len(radius)), (cosine, sine), strict=False):
+            part.addcmul_(radius[: len(part)], direction[: len(part)])
 
 
-def _normal_blocks(size: int, standard_deviation: float) -> Iterator[Tensor]:
-    """Blocks of ``size`` fresh normal numbers, in float64; each is written over by the next."""
-    cipher = Cipher(algorithms.AES(os.urandom(16)), modes.CTR(bytes(16))).encryptor()
-    # The cipher asks for room for one block of its own more.
-    zeros, drawn = bytes(8 * size), bytearray(8 * size + 15)
-    bits, values = torch.frombuffer(drawn, dtype=torch.int64, count=size), torch.empty(size, dtype=torch.float64)
-    while True:
-        cipher.update_into(zeros, drawn)
-        # As many bits as a double holds.
-        values.copy_(bits.bitwise_and_(_PRECISION - 1))
-        yield _normal(values, standard_deviation)
+def _uniform(bits: Tensor) -> Tensor:
+    """Random int64 to numbers in [1, 2) in float64, in place: the bits below its binary point, all equally likely."""
+    return bits.bitwise_and_(_FRACTION).bitwise_or_(_ONE).view(torch.float64)
 
 
-def _normal(integers: Tensor, standard_deviation: float) -> Tensor:
-    """Turn uniform integers below 2⁵³, an even number of them, into normal numbers in place (Box and Muller 1958)."""
-    half = len(integers) // 2
-    # From 0 ... 2⁵³ - 1 to (0, 1], exactly, so that the logarithm is finite.
-    radius = integers[:half].add_(1).mul_(1 / _PRECISION).log_().mul_(-2 * standard_deviation**2).sqrt_()
-    angle = integers[half:].mul_(2 * math.pi / _PRECISION)
+def _polar(uniform: Tensor, standard_deviation: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Radius, cosine and sine of independent normal points in the plane (Box and Muller 1958).
+
+    Radius times cosine and radius times sine are independent normal numbers.
+
+    Args:
+        uniform: (2 N,) in [1, 2), which is written over.
+        standard_deviation: of the normal numbers.
+    """
+    half = len(uniform) // 2
+    # (0, 1], exactly, so that the logarithm is finite.
+    radius = uniform[:half].neg_().add_(2).log_().mul_(-2 * standard_deviation**2).sqrt_()
+    angle = uniform[half:].mul_(2 * math.pi)
     cosine = angle.cos()
-    angle.sin_().mul_(radius)
-    radius.mul_(cosine)
-    return integers
+    return radius, cosine, angle.sin_()
 
 
 class InsecureNoise:

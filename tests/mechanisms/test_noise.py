@@ -23,7 +23,7 @@ from monai.utils import set_determinism
 from scipy import stats
 
 from monai_privacy.mechanisms import noise
-from monai_privacy.mechanisms.noise import InsecureNoise, SystemNoise, _normal
+from monai_privacy.mechanisms.noise import InsecureNoise, SystemNoise, _polar, _uniform
 
 COUNT = 200_000
 SIGMA = 1.7
@@ -53,9 +53,11 @@ def test_standard_deviation_is_sigma_and_the_same_test_fails_at_two_thirds(dtype
 def test_distribution_is_gaussian():
     sample = (draw() / SIGMA).double().numpy()
     assert stats.kstest(sample, "norm").pvalue > FALSE_ALARM
-    # Box-Muller makes its numbers in pairs, half a chunk apart.
-    integers = torch.from_numpy(np.random.default_rng(0).integers(0, 1 << 53, 1 << 16)).double()
-    paired = _normal(integers, 1.0).reshape(2, -1).numpy()
+    # Box-Muller makes its numbers in pairs.
+    radius, cosine, sine = _polar(
+        _uniform(torch.from_numpy(np.random.default_rng(0).integers(0, 1 << 63, 1 << 16))), 1.0
+    )
+    paired = (radius * cosine).numpy(), (radius * sine).numpy()
     assert stats.kstest(paired[0] + paired[1], stats.norm(scale=math.sqrt(2)).cdf).pvalue > FALSE_ALARM
     assert stats.pearsonr(paired[0] ** 2, paired[1] ** 2).pvalue > FALSE_ALARM
     half = len(sample) // 4
@@ -115,18 +117,19 @@ def test_no_two_blocks_share_noise():
     assert len(torch.cat(sample).unique()) == 300_000
 
 
-def test_several_threads_leave_out_no_coordinate_and_share_no_noise(monkeypatch):
-    monkeypatch.setattr(noise, "_WORTH_A_THREAD", 1 << 14)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+def test_blocks_leave_out_no_coordinate_and_share_no_noise(monkeypatch):
+    monkeypatch.setattr(noise, "_BLOCK", 1 << 14)
     tensors = [
         torch.zeros(40_000),
         torch.full((7, 5_001), 2.0),
         torch.zeros(1),
+        torch.zeros(0),
         torch.zeros(30_000, dtype=torch.float64),
     ]
     found = SystemNoise().add_gaussian(tensors, SIGMA)
-    sizes = [len(share) for share in noise._shares([(t.reshape(-1), t.reshape(-1)) for t in tensors], 3)]
-    assert len(sizes) == 3
+    pairs = [(tensor.reshape(-1), tensor.reshape(-1)) for tensor in tensors]
+    sizes = [sum(len(source) for source, _ in block) for block in noise._blocks(pairs)]
+    assert sizes == 6 * [1 << 14] + [105_008 - 6 * (1 << 14)]
     assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in tensors]
     added = torch.cat([(one.double() - other.double()).reshape(-1) for one, other in zip(found, tensors, strict=True)])
     assert variance_p_value(added, SIGMA) > FALSE_ALARM
@@ -150,10 +153,14 @@ def test_each_generator_has_a_key_of_its_own_from_the_operating_system(monkeypat
 
 
 def test_both_ends_of_the_uniform_numbers_give_finite_noise():
-    ends = [0, 2**53 - 1]
+    ends = [0, -1]
     for first in ends:
         for second in ends:
-            assert torch.isfinite(_normal(torch.tensor([first, second]).double(), 1.0)).all()
+            uniform = _uniform(torch.tensor([first, second]))
+            assert ((uniform >= 1) & (uniform < 2)).all()
+            radius, cosine, sine = _polar(uniform, 1.0)
+            assert torch.isfinite(torch.cat([radius, cosine, sine])).all()
+            assert radius <= math.sqrt(2 * 52 * math.log(2)) + 1e-12
 
 
 def test_insecure_noise_repeats_and_says_so():

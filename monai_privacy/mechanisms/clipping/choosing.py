@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from monai_privacy.mechanisms.clipping.materials import Material
+from monai_privacy.mechanisms.clipping.materials import Material, unless_all
 from monai_privacy.mechanisms.clipping.operation import NormMethod
 from monai_privacy.mechanisms.clipping.units import Units
 
@@ -141,7 +141,7 @@ def _by_estimate(methods: Sequence[NormMethod]) -> list[NormMethod]:
 def _seconds(collect: Callable[[str], Material], name: str, units: Units, device: torch.device) -> float:
     """What a method takes, the forming of the clipped sum included; its result goes at once, to leave the memory."""
     ones = torch.ones(units.number, dtype=torch.float64, device=device)
-    finite = torch.ones(units.number, dtype=torch.bool, device=device)
+    finite = unless_all(torch.ones(units.number, dtype=torch.bool, device=device))
     _wait(device)
     start = time.perf_counter()
     collect(name).weighted_sum(ones, finite)

@@ -151,6 +151,8 @@ class ConvolutionRule(OperationRule):
         form = name.removesuffix(_NORMS)
         most = self._run_rows(form, x, gradient, weight, units)
         if name == form:
+            if most == units.rows:
+                return UnitGradients(self._form(form, x, gradient, weight, units))
             values, done = weight.new_empty((units.number, *weight.shape), dtype=wide(weight[:0]).dtype), 0
             for rows, run in units.runs(most):
                 self._form(form, x[rows], gradient[rows], weight, run, out=values[done : done + run.number])
@@ -274,11 +276,10 @@ class ConvolutionRule(OperationRule):
             )
 
     def _postponed(self, squares: Tensor, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
-        def combine(factors: Tensor, finite: Tensor) -> Tensor:
+        def combine(factors: Tensor, finite: Tensor | None) -> Tensor:
             scale = units.spread(factors).to(gradient.dtype if gradient.element_size() >= 4 else torch.float32)
-            rows = units.spread(finite)
-            inputs = zeroed(wide(x), rows)
-            scaled = zeroed(wide(gradient) * scale.view(-1, *[1] * (gradient.dim() - 1)), rows)
+            inputs = zeroed(wide(x), finite, units)
+            scaled = zeroed(wide(gradient) * scale.view(-1, *[1] * (gradient.dim() - 1)), finite, units)
             with full_precision(x):
                 return self._weight_gradient(inputs, scaled, wide(weight))
 
@@ -286,12 +287,11 @@ class ConvolutionRule(OperationRule):
         return Postponed(squares, combine, bounds, (x, gradient))
 
 
-def zeroed(values: Tensor, finite: Tensor) -> Tensor:
-    """(R, ...) values with zeros in the rows that are not ``finite``: zero times infinity is not a number."""
-    # On a GPU the question itself would wait for the device; the pass over the tensor costs less.
-    if values.device.type == "cpu" and bool(finite.all()):
+def zeroed(values: Tensor, finite: Tensor | None, units: Units) -> Tensor:
+    """(R, ...) values with zeros in the rows of units that are not ``finite``: zero times infinity is not a number."""
+    if finite is None:
         return values
-    return torch.where(finite.view(-1, *[1] * (values.dim() - 1)), values, 0)
+    return torch.where(units.spread(finite).view(-1, *[1] * (values.dim() - 1)), values, 0)
 
 
 def _positions(values: Tensor, units: Units, groups: int) -> Tensor:

@@ -213,9 +213,8 @@ class _Heard(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, use: Use, listener: Listener, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        lowered = [w.to(x.dtype) if w is not None and use.operation.lower_precision else w for w in (weight, bias)]
         with _as_they_are(x):
-            y, extra = use.operation.run(x, *lowered)
+            y, extra = use.operation.run(x, *_lowered(use, x, weight, bias))
         ctx.use, ctx.listener = use, listener
         if use.weight is None and not use.operation.reads_input:
             # As torch does: what may be changed in place afterwards is not kept where nobody asks for it.
@@ -225,15 +224,24 @@ class _Heard(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():  # asked here: the wrapper of torch's own takes longer than many a layer
+            raise RuntimeError("a gradient of a gradient was asked for, which is not heard. Take create_graph away.")
         if gradient is None:
             return (None,) * 5
         x, weight, bias, *extra = ctx.saved_tensors  # may run a checkpointed part again, which is heard
-        lowered = [w.to(x.dtype) if w is not None and ctx.use.operation.lower_precision else w for w in (weight, bias)]
+        use = ctx.use
         with torch._C.DisableTorchFunction(), _as_they_are(x):
-            found = ctx.listener.heard(ctx.use, x, *lowered, tuple(extra), gradient, ctx.needs_input_grad[2])
+            lowered = _lowered(use, x, weight, bias)
+            found = ctx.listener.heard(use, x, *lowered, tuple(extra), gradient, ctx.needs_input_grad[2])
         return None, None, found, None, None
+
+
+def _lowered(use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The parameters in the dtype that autocast chose for ``x``."""
+    if not use.operation.lower_precision:
+        return weight, bias
+    return None if weight is None else weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
 def _as_they_are(x: Tensor) -> AbstractContextManager[Any]:

@@ -109,11 +109,11 @@ def _gram(x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material
         # Rounding may leave a zero norm slightly negative.
         squares[chosen] = products.flatten(1).sum(1).clamp_(min=0)
 
-    def combine(factors: Tensor, finite: Tensor) -> Tensor:
-        keep = units.spread(finite)
-        scaled = zeroed(wide(gradient) * units.spread(factors).to(wide(gradient[:0]).dtype)[:, None, None], keep)
+    def combine(factors: Tensor, finite: Tensor | None) -> Tensor:
+        scale = units.spread(factors).to(wide(gradient[:0]).dtype)
+        scaled = zeroed(wide(gradient) * scale[:, None, None], finite, units)
         with full_precision(x):
-            return scaled.flatten(0, 1).T @ zeroed(wide(x), keep).flatten(0, 1)
+            return scaled.flatten(0, 1).T @ zeroed(wide(x), finite, units).flatten(0, 1)
 
     return Postponed(squares, combine, magnitudes(x, gradient, units), (x, gradient))
 
@@ -184,9 +184,8 @@ def _equal_words(words: Tensor, gradient: Tensor, weight: Tensor, units: Units) 
         products = (values @ values.transpose(1, 2)) * (seen[:, :, None] == seen[:, None, :])
         squares[chosen] = products.flatten(1).sum(1).clamp_(min=0)
 
-    def combine(factors: Tensor, finite: Tensor) -> Tensor:
-        keep = units.spread(finite)
-        scaled = zeroed(gradient * units.spread(factors).to(gradient.dtype)[:, None, None], keep)
+    def combine(factors: Tensor, finite: Tensor | None) -> Tensor:
+        scaled = zeroed(gradient * units.spread(factors).to(gradient.dtype)[:, None, None], finite, units)
         return scaled.new_zeros(weight.shape).index_add_(0, words.flatten(), scaled.flatten(0, 1))
 
     # A word's terms are added up over its places.

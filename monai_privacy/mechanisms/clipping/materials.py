@@ -44,10 +44,12 @@ class UnitGradients:
         """(P,) float64."""
         return squared_norms(self.values)
 
-    def weighted_sum(self, factors: Tensor, finite: Tensor) -> Tensor:
-        """Σ over units of factor times gradient, units that are not ``finite`` left out; consumes ``values``."""
+    def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
+        """Σ over units of factor times gradient, units that are not ``finite`` left out; None where all are."""
         flat = self.values.reshape(len(self.values), -1)
-        flat = without(flat, finite)
+        if finite is not None:
+            # Zero times infinity is not a number.
+            flat = torch.where(finite[:, None], flat, 0)
         return (factors.to(flat.dtype) @ flat).reshape(self.values.shape[1:])
 
     @property
@@ -62,13 +64,13 @@ class Postponed:
 
     Args:
         squares: (P,) float64 squared norms.
-        combine: (P,) factors and (P,) finite flags to the sum, of the parameter's shape.
+        combine: (P,) factors and (P,) finite flags, None where all are, to the sum, of the parameter's shape.
         magnitudes: (P,) float64 bounds on the sum of absolute values of what ``combine`` adds up for a unit of factor 1.
         sources: what ``combine`` works on.
     """
 
     squares: Tensor
-    combine: Callable[[Tensor, Tensor], Tensor]
+    combine: Callable[[Tensor, Tensor | None], Tensor]
     magnitudes: Tensor
     sources: tuple[Tensor, ...]
     _versions: tuple[int, ...] = field(init=False)
@@ -85,8 +87,8 @@ class Postponed:
         """(P,) float64."""
         return self.squares
 
-    def weighted_sum(self, factors: Tensor, finite: Tensor) -> Tensor:
-        """Σ over units of factor times gradient, units that are not ``finite`` left out.
+    def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
+        """Σ over units of factor times gradient, units that are not ``finite`` left out; None where all are.
 
         Raises:
             ValueError: where what the norms were of has been written over.
@@ -146,12 +148,10 @@ def added(materials: Sequence[Material]) -> Material:
     return UnitGradients(torch.stack([material.values for material in kept]).sum(0))
 
 
-def without(flat: Tensor, finite: Tensor) -> Tensor:
-    """(P, N) values with zeros for units that are not finite: zero times infinity is not a number. May write in place."""
-    # On a GPU the question itself would wait for the device; the write costs less.
-    if flat.device.type == "cpu" and bool(finite.all()):
-        return flat
-    return torch.where(finite[:, None], flat, 0)
+def unless_all(finite: Tensor) -> Tensor | None:
+    """The flags of the units, or None where all are set and it costs nothing to know."""
+    # On a GPU the question itself would wait for the device; what it saves costs less.
+    return None if finite.device.type == "cpu" and bool(finite.all()) else finite
 
 
 def bundled(materials: Mapping[int, Material]) -> tuple[dict[int, Material], dict[int, tuple[Bundle, int]]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from monai_privacy.mechanisms.clipping.choosing import MemoryBudget, MethodChooser
 from monai_privacy.mechanisms.clipping.chunk import Chunk
 from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Pass, Use
-from monai_privacy.mechanisms.clipping.materials import Material, added, bundled, clip_factors
+from monai_privacy.mechanisms.clipping.materials import Material, added, bundled, clip_factors, unless_all
 from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 from monai_privacy.mechanisms.clipping.units import Units
@@ -126,7 +126,8 @@ def summed(
     del materials
     bundles = {id(bundle): bundle for bundle, _ in places.values()}
     everything = [*alone.values(), *(bundle.gradients for bundle in bundles.values())]
-    norms, factors, finite = clip_factors(everything, max_grad_norm)
+    norms, factors, counts = clip_factors(everything, max_grad_norm)
+    finite = unless_all(counts)
     del everything
     sums = {key: bundle.gradients.weighted_sum(factors, finite).split(bundle.sizes) for key, bundle in bundles.items()}
     gradients = []
