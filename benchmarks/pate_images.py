@@ -13,13 +13,16 @@
 
     python -m benchmarks.pate_images --data kermany_xray_96.npz
     python -m benchmarks.pate_images --data covid_ct_128.npz
+    python -m benchmarks.pate_images --data lidc_nodules
 
 Writes results/pate_<data>.json and prints a table. How the numbers come about:
 
-- The images are an ``.npz`` with ``images``, ``label`` (0 or 1) and ``patient_id``. For each seed, test patients are a fifth
+- The images are an ``.npz`` with ``images``, ``label`` (0 or 1) and ``patient_id``, or a folder of CT volumes with a CSV,
+  prepared as the bundle's configs/volumes.yaml says. For each seed, test patients are a fifth
   of all, and none of the tuning pool that the recipe was chosen on (see ``benchmarks.held_out``); of the others, a quarter
   are the clinic's, whose images are to be labelled; the rest are the hospitals'. A patient is in one of the three.
-- Teachers are linear heads on fixed features (histograms of gradients), each on its own patients: of one collection, or
+- Teachers are linear heads on fixed features (histograms of gradients; for volumes, the density at each distance from the
+  middle), each on its own patients: of one collection, or
   of five hospitals. They vote through ``TeacherVoteEvaluator`` and ``VoteLabeller``, on a ledger; ε is the ledger's.
 - Where the planner refuses, there is no row of labels, unless ``--allow-uninformative`` shows what it refused.
 - Students: a linear head on other fixed features of the labelled images; FixMatch with a small network on all of the
@@ -40,6 +43,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
 from monai.networks.nets import Classifier
 from rich.console import Console
@@ -47,9 +51,10 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks.held_out import is_test_patient, machine, spread
 from monai_privacy.accounting.ledger import PrivacyLedger
+from monai_privacy.data import read_ct_volumes
 from monai_privacy.data.partition import partition_patients
 from monai_privacy.mechanisms.voting import GNMax
-from monai_privacy.networks import FixedFeatureClassifier, GradientHistograms, fit_linear_head
+from monai_privacy.networks import FixedFeatureClassifier, GradientHistograms, RadialProfile, fit_linear_head
 from monai_privacy.pate import FixMatchTrainer, VotingPlan, advice, require_informative
 from monai_privacy.pate.engine import TeacherVoteEvaluator
 from monai_privacy.pate.labelling import VoteLabeller
@@ -57,6 +62,7 @@ from monai_privacy.pate.teachers import Teacher, TeacherSet
 from monai_privacy.provenance import file_digest
 
 RESULTS = Path(__file__).parent / "results"
+VOLUMES = Path(__file__).parents[1] / "bundles" / "covid_ct_pate" / "configs" / "volumes.yaml"
 DELTA = 1e-5
 HOSPITALS = 5
 # Chosen on the tuning pool's patients alone; see benchmarks/README.md.
@@ -66,7 +72,7 @@ STUDENT_CELL, STUDENT_L2 = 12, 0.03
 
 @dataclass(frozen=True)
 class Images:
-    """Images (N, 1, H, W) in [0, 1], labels and patients."""
+    """Images (N, 1, H, W) in [0, 1] or volumes (N, 1, X, Y, Z) in [-2, 2], labels and patients."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -89,7 +95,14 @@ class Setting:
 
 
 def read(path: Path) -> Images:
-    """The images of an ``.npz``."""
+    """The images of an ``.npz``, or the volumes of a folder."""
+    if path.is_dir():
+        source = read_ct_volumes(path, label_column="malignant")
+        config = ConfigParser(ConfigParser.load_config_file(VOLUMES))
+        prepare = config.get_parsed_content("preprocessing")
+        volumes = [prepare({"image": record["image"]})["image"].as_tensor() for record in source.records]
+        labels = torch.tensor([record["label"] for record in source.records])
+        return Images(torch.stack(volumes), labels, tuple(record["patient_id"] for record in source.records))
     data = np.load(path)
     images = torch.tensor(data["images"]).float()[:, None] / 255
     return Images(images, torch.tensor(data["label"]).long(), tuple(str(one) for one in data["patient_id"]))
@@ -112,9 +125,14 @@ def divide(data: Images, seed: int) -> dict[str, Images]:
     return found
 
 
-def network(side: int) -> FixedFeatureClassifier:
+def fixed_features(shape: Sequence[int], cell_size: int) -> torch.nn.Module:
+    """For images (1, H, W) or volumes (1, X, Y, Z)."""
+    return GradientHistograms(cell_size=cell_size) if len(shape) == 3 else RadialProfile(shells=8)
+
+
+def network(shape: Sequence[int]) -> FixedFeatureClassifier:
     """A teacher."""
-    return FixedFeatureClassifier((1, side, side), 2, features=GradientHistograms(cell_size=TEACHER_CELL))
+    return FixedFeatureClassifier(tuple(shape), 2, features=fixed_features(shape, TEACHER_CELL))
 
 
 def train(data: Images, setting: Setting, seed: int, folder: Path) -> TeacherSet:
@@ -125,7 +143,7 @@ def train(data: Images, setting: Setting, seed: int, folder: Path) -> TeacherSet
     # Known here, so that the table can be made again; a consortium's is secret.
     key = hashlib.sha256(f"benchmark {seed}".encode()).digest()
     partition = partition_patients(data.patients, setting.teachers, key=key, hospitals=homes)
-    model = network(data.images.shape[-1])
+    model = network(data.images.shape[1:])
     features = model.encode(data.images)
     found = []
     for number, rows in enumerate(partition.rows):
@@ -143,7 +161,7 @@ def train(data: Images, setting: Setting, seed: int, folder: Path) -> TeacherSet
 
 def linear_student(images: torch.Tensor, labels: torch.Tensor, test: torch.Tensor) -> np.ndarray:
     """Scores of the test images by a linear head on fixed features."""
-    features = GradientHistograms(cell_size=STUDENT_CELL)
+    features = fixed_features(images.shape[1:], STUDENT_CELL)
     head = fit_linear_head(features(images), labels, 2, l2=STUDENT_L2)
     with torch.no_grad():
         scores = head(features(test))
@@ -213,8 +231,8 @@ def run(data: Images, setting: Setting, seed: int, students: Sequence[str], allo
         folder = Path(name)
         group = train(parts["hospitals"], setting, seed, folder)
         loader = DataLoader(Dataset([{"image": image} for image in queries.images]), batch_size=len(asked))
-        side = data.images.shape[-1]
-        counted = TeacherVoteEvaluator("cpu", loader, network(side), group)
+        shape = data.images.shape[1:]
+        counted = TeacherVoteEvaluator("cpu", loader, network(shape), group)
         counted.run()
         votes = counted.votes()
         ledger = PrivacyLedger(folder / "ledger.jsonl")
@@ -222,7 +240,7 @@ def run(data: Images, setting: Setting, seed: int, students: Sequence[str], allo
             GNMax(plan.noise_std), ledger, answers=folder / "answers.jsonl", num_teachers=number,
             max_queries=len(asked), delta=DELTA, num_patients=found["hospitals_patients"], teachers=group.digest,
         )  # fmt: skip
-        evaluator = TeacherVoteEvaluator("cpu", loader, network(side), group, labeller=labeller)
+        evaluator = TeacherVoteEvaluator("cpu", loader, network(shape), group, labeller=labeller)
         evaluator.run()
         labels = evaluator.state.labels.labels
         labeller.close()
@@ -245,10 +263,12 @@ def run(data: Images, setting: Setting, seed: int, students: Sequence[str], allo
 
 
 def settings(data: Path) -> list[Setting]:
-    """The rows: many X-rays, or few CT slices."""
+    """The rows: many X-rays, some CT volumes, or few CT slices."""
     rows, epsilon = [("100 teachers", 100, 1), ("5 hospitals of 20", 20, HOSPITALS), ("250 teachers", 250, 1)], 2.0
     if "covid" in data.name:
         rows, epsilon = [("50 teachers", 50, 1), ("25 teachers", 25, 1), ("5 hospitals of 5", 5, HOSPITALS)], 8.0
+    elif data.is_dir():
+        rows = [("100 teachers", 100, 1), ("5 hospitals of 20", 20, HOSPITALS), ("50 teachers", 50, 1)]
     rows.append(("5 teachers", 1, HOSPITALS))
     return [Setting(name, teachers, hospitals, 100, epsilon) for name, teachers, hospitals in rows]
 

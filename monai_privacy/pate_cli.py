@@ -262,7 +262,12 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle, such as bundles/covid_ct_pate.")],
     output: Annotated[Path, typer.Argument(help="Folder for everything; begun again, it goes on.")],
     data: Annotated[
-        Path | None, typer.Option(help="Labelled images with patients; SYNTHETIC chest X-rays where not given.")
+        Path | None, typer.Option(help="Labelled images with patients; SYNTHETIC ones are made where not given.")
+    ] = None,
+    ct: Annotated[bool, typer.Option("--ct", help="The images are CT volumes, as for prepare --ct.")] = False,
+    label_column: Annotated[str | None, typer.Option(help="With --ct, the column of the labels, 0 or 1.")] = None,
+    overlay: Annotated[
+        list[str] | None, typer.Option(help="Config after each of the bundle's, such as configs/volumes.yaml.")
     ] = None,
     hospitals: Annotated[int, typer.Option(help="Hospitals that the patients are divided among.")] = 5,
     teachers: Annotated[int, typer.Option(help="Teachers of each hospital.")] = 20,
@@ -276,7 +281,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """The whole story on one machine: hospitals' teachers label a clinic's images, and a student learns from them."""
-    from monai_privacy.data import read_chest_xrays, write_synthetic_chest_xrays
+    from monai_privacy.data import read_chest_xrays, read_ct_volumes, write_synthetic_chest_xrays, write_synthetic_ct
     from monai_privacy.pate.story import PateStory, run_story
     from monai_privacy.report import PrivacyReport
 
@@ -286,10 +291,17 @@ def run(
     changes = _overrides(override)
     if data is None:
         data = output / "synthetic"
-        if not data.is_dir():
+        if ct and not data.is_dir():
+            write_synthetic_ct(data, num_patients=synthetic_patients, file_format="nifti", seed=seed)
+        elif not data.is_dir():
             write_synthetic_chest_xrays(data, num_patients=synthetic_patients, image_size=96, seed=seed)
-    source = read_chest_xrays(data)
-    found = run_story(bundle, source, output, story, overrides=changes, say=lambda line: print(line, file=sys.stderr))
+    source = read_ct_volumes(data, label_column=label_column) if ct else read_chest_xrays(data)
+    after = tuple(overlay or ())
+    found = run_story(
+        bundle, source, output, story,
+        train_config=("configs/train.yaml", *after), inference_config=("configs/inference.yaml", *after),
+        overrides=changes, say=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
     paths = PrivacyReport.from_ledger(output / "ledger.jsonl").write(output / "report")
     if as_json:
         print(json.dumps(found.to_dict() | {"synthetic": source.synthetic, "report": [str(path) for path in paths]}))

@@ -16,12 +16,14 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel
 
 from monai_privacy.data.dicom_series import CTSeries, read_ct_series
 from monai_privacy.data.image_files import image_format, one_line
 from monai_privacy.data.source import ImageSource, Record
+from monai_privacy.data.synthetic import NIFTI_DESCRIPTION
 from monai_privacy.data.tables import (
     FILE_COLUMNS,
     LabelRow,
@@ -114,8 +116,7 @@ class _Volumes:
         path = None if by_uid else named_path(row, {}, folders=True)
         try:
             if path is not None and path.is_file() and image_format(path) == "nifti":
-                _check_nifti(path)
-                self.all_synthetic = False
+                self.all_synthetic &= _is_synthetic_nifti(path)
                 images, name, from_dicom = str(path), path, None
                 sources = [os.path.realpath(path)]
             else:
@@ -199,10 +200,13 @@ def _center(row: LabelRow) -> tuple[float, ...]:
     return center
 
 
-def _check_nifti(path: Path) -> None:
+def _is_synthetic_nifti(path: Path) -> bool:
+    """Whether a NIfTI file, which must hold one volume, says that it is one of ours."""
     try:
-        shape = nibabel.load(path).shape  # type: ignore[attr-defined]
+        image: Any = nibabel.load(path)  # type: ignore[attr-defined]
+        shape, said = image.shape, bytes(image.header["descrip"].tobytes()).rstrip(b"\0")
     except Exception as error:
         raise _UnusableError(f"NIfTI file {path} cannot be read ({one_line(error)}), and was left out") from error
     if len(shape) != 3:
         raise _UnusableError(f"NIfTI file {path} has shape {shape}, not that of one volume, and was left out")
+    return bool(said == NIFTI_DESCRIPTION.encode())

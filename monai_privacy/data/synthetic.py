@@ -29,10 +29,12 @@ from pydicom.uid import (
 
 from monai_privacy.data.synthetic_drawing import STREAM_IMAGE, Patient, draw_patients, draw_picture
 
-__all__ = ["SYNTHETIC_MARK", "new_folder", "says_synthetic", "write_synthetic_chest_xrays"]
+__all__ = ["NIFTI_DESCRIPTION", "SYNTHETIC_MARK", "new_folder", "says_synthetic", "write_synthetic_chest_xrays"]
 
 #: SeriesDescription and ImageComments of every file begin with this word.
 SYNTHETIC_MARK = "SYNTHETIC"
+#: The field "descrip" of every NIfTI file.
+NIFTI_DESCRIPTION = f"{SYNTHETIC_MARK} nodule, shows no person"
 
 _COMMENT = f"{SYNTHETIC_MARK} image drawn by monai_privacy; shows no person"
 _README = f"""{SYNTHETIC_MARK} CHEST X-RAYS: NOT PATIENTS

@@ -22,7 +22,7 @@ import numpy as np
 from pydicom.dataset import FileDataset
 from pydicom.uid import UID, CTImageStorage, generate_uid
 
-from monai_privacy.data.synthetic import SYNTHETIC_MARK, empty_file, new_folder
+from monai_privacy.data.synthetic import NIFTI_DESCRIPTION, SYNTHETIC_MARK, empty_file, new_folder
 from monai_privacy.data.synthetic_nodules import Nodule, draw_attributes, draw_nodule
 
 __all__ = ["SyntheticNodules", "write_synthetic_ct"]
@@ -149,7 +149,7 @@ def _draw(nodule: Nodule, rng: np.random.Generator) -> tuple[np.ndarray, tuple[f
 def _write_nifti(path: Path, nodule: Nodule, patient_id: str, index: int, seed: int, rng: np.random.Generator) -> None:
     volume, spacing = _draw(nodule, rng)
     image = nibabel.Nifti1Image(np.rint(volume).astype(np.int16), np.diag([-spacing[0], -spacing[1], spacing[2], 1.0]))
-    image.header["descrip"] = f"{SYNTHETIC_MARK} nodule, shows no person".encode()
+    image.header["descrip"] = NIFTI_DESCRIPTION.encode()
     nibabel.save(image, path)
 
 

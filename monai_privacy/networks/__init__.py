@@ -18,6 +18,7 @@ from .check import LayerProblem, check_network, find_updated_buffers, require_pr
 from .conversion import converted_network, load_matching_weights
 from .gradient_histograms import FixedFeatureClassifier, GradientHistograms
 from .linear_head import fit_linear_head
+from .radial_profile import RadialProfile
 from .resnet9 import ResNet9
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "FoldedBatchNorm",
     "GradientHistograms",
     "LayerProblem",
+    "RadialProfile",
     "ResNet9",
     "check_network",
     "convert_batch_norm",

@@ -24,6 +24,7 @@ from command_line import assert_one_line, call
 from monai.bundle import ckpt_export, verify_metadata, verify_net_in_out
 
 from monai_privacy.accounting.ledger import PrivacyLedger
+from monai_privacy.data import write_synthetic_ct
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "covid_ct_pate"
 SMALL = ["--hospitals", 2, "--teachers", 2, "--queries", 12, "--synthetic-patients", 60, "--epsilon", 2]
@@ -52,6 +53,33 @@ def test_the_network_fits_its_metadata_and_is_exported(tmp_path):
     image = torch.rand(3, 1, 96, 96)
     exported = torch.jit.load(tmp_path / "model.ts")
     torch.testing.assert_close(exported(image), parser.get_parsed_content("network_def")(image))
+
+
+def test_volumes_after_the_bundles_configs(tmp_path):
+    from monai.bundle import ConfigParser
+
+    folder = write_synthetic_ct(tmp_path / "ct", num_patients=4, file_format="nifti")
+    for name in ("train.yaml", "inference.yaml"):
+        files = [str(BUNDLE / "configs" / file) for file in (name, "volumes.yaml")]
+        parser = ConfigParser(ConfigParser.load_config_files(files))
+        parser["device"] = "cpu"
+        image = parser.get_parsed_content("preprocessing")({"image": str(next(folder.rglob("*.nii.gz")))})["image"]
+        assert image.shape == (1, 32, 32, 32)
+        assert parser.get_parsed_content("network")(image[None]).shape == (1, 2)
+
+
+@pytest.mark.slow(seconds=60)
+def test_the_story_with_volumes(tmp_path):
+    story = tmp_path / "story"
+    run = ["pate", "run", BUNDLE, story, *SMALL, *CPU, "--ct", "--overlay", "configs/volumes.yaml"]
+    done = call(*run, "--allow-uninformative", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["synthetic"]
+    assert found["queries"] == 12
+    assert 1.99 < found["epsilon"] <= 2
+    with (story / "labels.csv").open() as file:
+        assert all(row["image"].endswith(".nii.gz") for row in csv.DictReader(file))
 
 
 @pytest.mark.slow(seconds=90)

@@ -16,6 +16,7 @@ import csv
 import shutil
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -495,3 +496,14 @@ def test_synthetic_volumes_for_training_are_the_same_each_time():
     assert one[0]["label"].shape == (5,)
     with pytest.raises(IndexError):
         one[3]
+
+
+def test_synthetic_nifti_says_so_unless_one_of_them_does_not(tmp_path):
+    folder = write_synthetic_ct(tmp_path / "nifti", num_patients=4, file_format="nifti")
+    assert read_ct_volumes(folder).synthetic
+    path = next(folder.rglob("*.nii.gz"))
+    image = nibabel.load(path)
+    real = nibabel.Nifti1Image(np.asarray(image.dataobj), image.affine)
+    real.header["descrip"] = b"SYNTHETIC MR"
+    nibabel.save(real, path)
+    assert not read_ct_volumes(folder).synthetic
