@@ -312,8 +312,8 @@ def main() -> None:
                         found["megabytes"] = memory(name, contender, options.device, options.amp)
                 _save(results, output)
         console.print(table({"rows": {name: row}}), soft_wrap=True, highlight=False)
-    said = "\ntime of a step over that of plain training (peak memory of the process and of tensors likewise)\n\n"
-    console.print(said + table(results), soft_wrap=True)
+    heading = "\ntime of a step over that of plain training (peak memory of the process and of tensors likewise)\n\n"
+    console.print(heading + table(results), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -212,6 +212,7 @@ class PrivacyLedger:
         assumptions: tuple[str, ...] = (),
         not_private: tuple[str, ...] = (),
         artifacts: Mapping[str, str] | None = None,
+        note: str = "",
     ) -> str:
         """Set steps aside for a new run and return its name; releases nothing.
 
@@ -229,6 +230,7 @@ class PrivacyLedger:
             assumptions: what its claim rests on.
             not_private: why it carries no guarantee; empty where it does.
             artifacts: SHA-256 of its code and configs, by name.
+            note: the first text of :meth:`write_note`.
 
         Raises:
             PrivacyBudgetError: where they do not fit the budget, as no step does of a run that is not private.
@@ -251,6 +253,7 @@ class PrivacyLedger:
             "assumptions": list(assumptions),
             "not_private": list(not_private),
             "artifacts": dict(artifacts or {}),
+            **({"note": note} if note else {}),
         }
         # Asked once without the lock: accounting may take a while, and trainings must be able to record meanwhile. The
         # accountants remember, so that asking again is quick.

@@ -342,6 +342,7 @@ def entry_from(record: Mapping[str, Any]) -> LedgerEntry:
         assumptions=_tuple(record["assumptions"]),
         not_private=_tuple(record["not_private"]),
         artifacts=_texts(record["artifacts"]),
+        note=_text(record.get("note", "")),
     )
     if not isinstance(entry.entry_id, str) or not re.fullmatch(r"[0-9a-f]{32}", entry.entry_id):
         raise ValueError(f"entry is {entry.entry_id!r}, but it must be 32 hexadecimal digits")

@@ -35,6 +35,7 @@ from torch.utils.data import (
 )
 
 from monai_privacy.data.sampling import PoissonPatientSampler
+from monai_privacy.data.splits import require_distinct_ids
 from monai_privacy.mechanisms.randomness import InsecureSeeds, SeedSource, fresh_randomness, system_seed
 
 PATIENT_KEY = "patient_id"
@@ -170,11 +171,14 @@ def units_of(dataset: Dataset, *, unit: str = "patient", patient_key: str = PATI
     """The privacy unit of each row of ``dataset``: the untransformed ``patient_key`` of its records.
 
     Raises:
-        ValueError: where the records cannot be seen, or one has no patient id and ``unit`` is "patient".
+        ValueError: where the records cannot be seen, or one has no patient id and ``unit`` is "patient", or two ids look
+            like one patient's.
     """
     if unit == "image":
         return [_image_id(dataset, row) for row in range(len(dataset))]  # type: ignore[arg-type]
-    return [_patient_id(record, row, patient_key) for row, record in enumerate(_records_of(dataset))]
+    units = [_patient_id(record, row, patient_key) for row, record in enumerate(_records_of(dataset))]
+    require_distinct_ids(units)
+    return units
 
 
 def count_units(dataset: Dataset, *, unit: str = "patient", patient_key: str = PATIENT_KEY) -> int:

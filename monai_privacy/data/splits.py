@@ -15,9 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["checked_patient_ids", "split_patients"]
+__all__ = ["checked_patient_ids", "require_distinct_ids", "split_patients"]
+
+# 7.0 is how a column of numbers with an empty cell in it comes out of many a program.
+_DECIMALS = re.compile(r"(?<=\d)\.0+$")
 
 
 def split_patients(
@@ -89,7 +93,7 @@ def _upper_edges(fractions: Mapping[str, float]) -> list[tuple[str, float]]:
 
 
 def checked_patient_ids(patient_ids: Sequence[str]) -> Sequence[str]:
-    """Return ``patient_ids``, or raise ValueError unless each is a text that is not blank."""
+    """Return ``patient_ids``, or raise ValueError unless each is a text that is not blank and no two look like one."""
     # No message shows an id: it may name a person, and messages end up in logs.
     if isinstance(patient_ids, str):
         raise ValueError(
@@ -106,4 +110,23 @@ def checked_patient_ids(patient_ids: Sequence[str]) -> Sequence[str]:
             raise ValueError(
                 f"patient_ids[{index}] is empty, so the row belongs to nobody. Give every row its patient's id."
             )
+    require_distinct_ids(patient_ids)
     return patient_ids
+
+
+def require_distinct_ids(patient_ids: Iterable[str]) -> None:
+    """Refuse ids of which two are one patient's as spreadsheets change them: "7" and "7.0", "P1" and " p1".
+
+    Raises:
+        ValueError: without the ids, which may name a person.
+    """
+    rows: dict[str, int] = {}
+    seen: dict[str, str] = {}
+    for row, patient_id in enumerate(patient_ids):
+        first = seen.setdefault(_DECIMALS.sub("", patient_id.strip().casefold()), patient_id)
+        if first != patient_id:
+            raise ValueError(
+                f"the patient ids of rows {rows[first]} and {row} differ in blanks, capitals or a decimal zero alone, as "
+                "spreadsheets make two of one, and a patient under two ids is not protected. Write each patient in one way."
+            )
+        rows.setdefault(patient_id, row)

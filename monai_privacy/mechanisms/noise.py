@@ -81,11 +81,15 @@ def _noised_on_cpu(tensors: Sequence[Tensor], standard_deviation: float) -> list
     targets = [torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources]
     pairs = [(source.reshape(-1), target.view(-1)) for source, target in zip(sources, targets, strict=True)]
     noise = _Noise(min(_BLOCK, sum(len(source) for source, _ in pairs)))
+    # One buffer for all blocks: a new one for each would cost a fault a page.
+    buffer = torch.empty(noise.size, dtype=torch.float64)
     for block in _blocks(pairs):
-        total = torch.cat([source.double() for source, _ in block])
+        lengths = [len(source) for source, _ in block]
+        total = buffer[: sum(lengths)]
+        torch._foreach_copy_(total.split(lengths), [source for source, _ in block])
         noise.add_to(total, standard_deviation)
         # The one rounding, where the gradient is in float32.
-        torch._foreach_copy_([target for _, target in block], total.split([len(source) for source, _ in block]))
+        torch._foreach_copy_([target for _, target in block], total.split(lengths))
     return [target.to(tensor) for tensor, target in zip(tensors, targets, strict=True)]
 
 
@@ -114,16 +118,17 @@ class _Noise:
     """
 
     def __init__(self, size: int) -> None:
-        size += size % 2
+        self.size = size + size % 2
         self._cipher = Cipher(algorithms.AES(os.urandom(16)), modes.CTR(bytes(16))).encryptor()
         # The cipher asks for room for one block of its own more.
-        self._zeros, self._drawn = bytes(8 * size), bytearray(8 * size + 15)
-        self._bits = torch.frombuffer(self._drawn, dtype=torch.int64, count=size) if size else torch.empty(0)
+        self._zeros, self._drawn = bytes(8 * self.size), bytearray(8 * self.size + 15)
+        self._bits = torch.frombuffer(self._drawn, dtype=torch.int64, count=self.size) if size else torch.empty(0)
+        self._cosine = torch.empty(self.size // 2, dtype=torch.float64)
 
     def add_to(self, values: Tensor, standard_deviation: float) -> None:
         """Change (N,) ``values`` in float64 in place."""
         self._cipher.update_into(self._zeros, self._drawn)
-        radius, cosine, sine = _polar(_uniform(self._bits), standard_deviation)
+        radius, cosine, sine = _polar(_uniform(self._bits), standard_deviation, self._cosine)
         for part, direction in zip(values.split(len(radius)), (cosine, sine), strict=False):
             part.addcmul_(radius[: len(part)], direction[: len(part)])
 
@@ -133,7 +138,7 @@ def _uniform(bits: Tensor) -> Tensor:
     return bits.bitwise_and_(_FRACTION).bitwise_or_(_ONE).view(torch.float64)
 
 
-def _polar(uniform: Tensor, standard_deviation: float) -> tuple[Tensor, Tensor, Tensor]:
+def _polar(uniform: Tensor, standard_deviation: float, cosine: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Radius, cosine and sine of independent normal points in the plane (Box and Muller 1958).
 
     Radius times cosine and radius times sine are independent normal numbers.
@@ -141,13 +146,13 @@ def _polar(uniform: Tensor, standard_deviation: float) -> tuple[Tensor, Tensor, 
     Args:
         uniform: (2 N,) in [1, 2), which is written over.
         standard_deviation: of the normal numbers.
+        cosine: (N,) is written over, where given.
     """
     half = len(uniform) // 2
     # (0, 1], exactly, so that the logarithm is finite.
     radius = uniform[:half].neg_().add_(2).log_().mul_(-2 * standard_deviation**2).sqrt_()
     angle = uniform[half:].mul_(2 * math.pi)
-    cosine = angle.cos()
-    return radius, cosine, angle.sin_()
+    return radius, torch.cos(angle, out=cosine), angle.sin_()
 
 
 class InsecureNoise:

@@ -99,8 +99,13 @@ class AnswerFile:
                     raise LedgerError(f"{self.path}, line {record['line']}: it cannot be read ({error}).") from error
             yield
 
+    def announce(self) -> str:
+        """Say that a heading will follow; gives the mark by which what is set aside for it is known again."""
+        self._write({"kind": "announced", "token": uuid.uuid4().hex})
+        return self.mark
+
     def begin(self, heading: Mapping[str, Any]) -> None:
-        """Write the first line."""
+        """Write the heading, once what it names is set aside."""
         self._write({"kind": "open", "format": FORMAT, "heading": dict(heading)})
 
     def intend(self, kind: str, after: int, queries: Sequence[str]) -> Intent:
@@ -139,7 +144,9 @@ class AnswerFile:
     def _apply(self, record: Mapping[str, Any]) -> None:
         kind = record["kind"]
         self._hashes[record["line"] - 1] = record["previous"]
-        if kind == "open" and not self.heading:
+        if kind == "announced" and not self.heading:
+            pass
+        elif kind == "open" and not self.heading:
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']!r} is unknown to this version, which reads {FORMAT}")
             self.heading = dict(record["heading"])

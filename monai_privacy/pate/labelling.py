@@ -151,6 +151,8 @@ class VoteLabeller:
         }
         with self._file.locked():
             if not self._file.heading:
+                self._void_leftovers()
+                common["note"] = self._file.announce()
                 self._file.begin(wanted | {"entries": self._reserve(common, int(max_queries))})
             self._require_same(wanted, None if ids is None else list(ids))
             self._require_newest()
@@ -217,6 +219,12 @@ class VoteLabeller:
                     self._ledger.commit(entry.entry_id)
                 else:
                     self._ledger.void(entry.entry_id)
+
+    def _void_leftovers(self) -> None:
+        """Free what was set aside for this file by somebody who was interrupted before the file could say so."""
+        for entry in self._ledger.entries:
+            if entry.state == "reserved" and not entry.steps and entry.note and self._file.holds(entry.note):
+                self._ledger.void(entry.entry_id)
 
     def _reserve(self, common: Mapping[str, Any], planned: int) -> dict[str, str | None]:
         entries: dict[str, str | None] = {"ask": None, "pay": None}

@@ -206,6 +206,14 @@ def test_a_record_without_patient_id_is_refused(records, value):
         load(DataLoader(plain(records), batch_size=2))
 
 
+def test_two_ids_that_spreadsheets_make_of_one_are_refused(records):
+    first = records[7]["patient_id"]
+    records[8]["patient_id"] = first.swapcase()
+    with pytest.raises(ValueError, match=r"rows \d and 8 differ in blanks") as raised:
+        load(DataLoader(plain(records), batch_size=2))
+    assert first not in str(raised.value)
+
+
 @pytest.mark.parametrize("value", [1.0, True])
 def test_ids_that_may_be_written_in_two_ways_are_refused(records, value):
     records[7]["patient_id"] = value

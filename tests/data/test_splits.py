@@ -48,6 +48,11 @@ def test_adding_a_patient_moves_nobody_else(patient_ids: list[str], newcomer: st
     assert after == before
 
 
+def test_ids_that_only_resemble_each_other_are_two_patients() -> None:
+    ids = ["7", "70", "7.01", "7.10", "07", "7-0", "P7", "P.0", "P"]
+    assert split_patients(ids, {"training": 1.0}, seed=0)["training"] == tuple(range(len(ids)))
+
+
 def test_the_seed_decides_and_expected_sizes_are_met() -> None:
     patient_ids = [f"P{number}" for number in range(4000)]
     first = split_patients(patient_ids, FRACTIONS, seed=1)
@@ -85,6 +90,8 @@ def test_rounding_leaves_nobody_out() -> None:
         ("abc", {"training": 1.0}, "patient_ids is one text of 3 letters"),
         (["a", 7], {"training": 1.0}, "patient_ids[1] is a int"),
         (["a", " "], {"training": 1.0}, "patient_ids[1] is empty"),
+        (["7", "8", "7.0"], {"training": 1.0}, "the patient ids of rows 0 and 2 differ in blanks"),
+        (["b", "P1", "P1", " p1"], {"training": 1.0}, "the patient ids of rows 1 and 3 differ in blanks"),
     ],
 )
 def test_errors(patient_ids: list[str], fractions: dict[str, float], message: str) -> None:

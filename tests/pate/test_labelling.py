@@ -341,6 +341,38 @@ def test_interrupted_anywhere_it_goes_on_without_a_second_charge_or_answer(tmp_p
             assert found.unaffordable == 0
 
 
+@pytest.mark.parametrize("mechanism", [GNMax(10.0), ConfidentGNMax(80, 5.0, 5.0)])
+def test_interrupted_while_it_is_opened_it_sets_nothing_aside_twice(tmp_path, monkeypatch, mechanism):
+    from monai_privacy.accounting.ledger_file import LedgerFile
+
+    append = LedgerFile.append
+    runs = 1 if isinstance(mechanism, GNMax) else 2
+    for stop in range(1, 4 + runs):
+        for when in ("before", "after"):
+            folder = tmp_path / f"{stop}{when}"
+            folder.mkdir()
+            _, book = labeller(folder, mechanism, answers=folder / "others.jsonl")
+            count = 0
+
+            def failing(self, record, stop=stop, when=when):
+                nonlocal count
+                count += 1
+                if count == stop and when == "before":
+                    raise StoppedError
+                append(self, record)
+                if count == stop and when == "after":
+                    raise StoppedError
+
+            monkeypatch.setattr(LedgerFile, "append", failing)
+            with contextlib.suppress(StoppedError):
+                labeller(folder, mechanism)
+            monkeypatch.setattr(LedgerFile, "append", append)
+            one, _ = labeller(folder, mechanism)
+            assert one.label(QUERIES, VOTES).unaffordable == 0
+            reserved = [entry.granted for entry in book.entries if entry.state == "reserved"]
+            assert reserved == 2 * runs * [10], (stop, when)
+
+
 SCRIPT = """
 import sys, torch
 from monai_privacy.accounting.ledger import PrivacyLedger
