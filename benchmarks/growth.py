@@ -78,7 +78,8 @@ def drawn(ratios: Ratios) -> Figure:
         panel.set_xscale("log", base=2)
         panel.set_xticks(found["values"], [f"{value:g}" for value in found["values"] if value is not None])
         panel.set_xlabel(axis)
-        panel.set_ylim(0, None)
+        panel.set_yscale("log", base=2)
+        panel.yaxis.set_major_formatter("{x:g}")
     panels[0].set_ylabel("time of a step / plain training")
     panels[0].legend(frameon=False)
     return figure
