@@ -257,7 +257,7 @@ UNHEARD = {
     "script": (scripted, "between"),
     "unbatched": (Unbatched, "between.layer.weight"),
     "own function": (OwnFunction, "between.weight"),
-    "gradient inside": (GradientInside, ""),
+    "gradient inside": (GradientInside, "gradient of a gradient"),
     "embedding bag": (lambda: Words(nn.EmbeddingBag(2, 4)), "between.layer.weight"),
     "frequency": (lambda: Words(nn.Embedding(2, 4, scale_grad_by_freq=True)), "between.layer.weight"),
     "torch.group_norm": (OtherNames, "between.norm.weight"),

@@ -27,7 +27,7 @@ import torch
 
 from monai_privacy.accounting import PrivacyBudget, PrivacyBudgetError
 from monai_privacy.accounting.ledger import PrivacyLedger
-from monai_privacy.accounting.ledger_file import LedgerError
+from monai_privacy.accounting.ledger_file import LedgerError, LedgerFile
 from monai_privacy.mechanisms.confident_voting import ConfidentGNMax, InteractiveGNMax
 from monai_privacy.mechanisms.noise import InsecureNoise
 from monai_privacy.mechanisms.voting import GNMax, LabelVoting, NoisyCount
@@ -306,31 +306,34 @@ class StoppedError(Exception):
     pass
 
 
+@contextlib.contextmanager
+def interrupted(monkeypatch, stop, when):
+    """Whatever writes to ledger or answers here is stopped before or after its line number ``stop``."""
+    append, count = LedgerFile.append, 0
+
+    def failing(self, record):
+        nonlocal count
+        count += 1
+        if count == stop and when == "before":
+            raise StoppedError
+        append(self, record)
+        if count == stop and when == "after":
+            raise StoppedError
+
+    with monkeypatch.context() as patched, contextlib.suppress(StoppedError):
+        patched.setattr(LedgerFile, "append", failing)
+        yield
+
+
 @pytest.mark.parametrize("mechanism", [GNMax(10.0), ConfidentGNMax(80, 5.0, 5.0)])
 def test_interrupted_anywhere_it_goes_on_without_a_second_charge_or_answer(tmp_path, monkeypatch, mechanism):
-    from monai_privacy.accounting.ledger_file import LedgerFile
-
-    append = LedgerFile.append
     for stop in range(1, 13):
         for when in ("before", "after"):
             folder = tmp_path / f"{stop}{when}"
             folder.mkdir()
             one, book = labeller(folder, mechanism)
-            count = 0
-
-            def failing(self, record, stop=stop, when=when):
-                nonlocal count
-                count += 1
-                if count == stop and when == "before":
-                    raise StoppedError
-                append(self, record)
-                if count == stop and when == "after":
-                    raise StoppedError
-
-            monkeypatch.setattr(LedgerFile, "append", failing)
-            with contextlib.suppress(StoppedError):
+            with interrupted(monkeypatch, stop, when):
                 one.label(QUERIES, VOTES)
-            monkeypatch.setattr(LedgerFile, "append", append)
             # The same object goes on, on other queries first; then another process.
             one.label(["x", "a"], VOTES[[3, 0]])
             other, _ = labeller(folder, mechanism)
@@ -343,30 +346,14 @@ def test_interrupted_anywhere_it_goes_on_without_a_second_charge_or_answer(tmp_p
 
 @pytest.mark.parametrize("mechanism", [GNMax(10.0), ConfidentGNMax(80, 5.0, 5.0)])
 def test_interrupted_while_it_is_opened_it_sets_nothing_aside_twice(tmp_path, monkeypatch, mechanism):
-    from monai_privacy.accounting.ledger_file import LedgerFile
-
-    append = LedgerFile.append
     runs = 1 if isinstance(mechanism, GNMax) else 2
     for stop in range(1, 4 + runs):
         for when in ("before", "after"):
             folder = tmp_path / f"{stop}{when}"
             folder.mkdir()
             _, book = labeller(folder, mechanism, answers=folder / "others.jsonl")
-            count = 0
-
-            def failing(self, record, stop=stop, when=when):
-                nonlocal count
-                count += 1
-                if count == stop and when == "before":
-                    raise StoppedError
-                append(self, record)
-                if count == stop and when == "after":
-                    raise StoppedError
-
-            monkeypatch.setattr(LedgerFile, "append", failing)
-            with contextlib.suppress(StoppedError):
+            with interrupted(monkeypatch, stop, when):
                 labeller(folder, mechanism)
-            monkeypatch.setattr(LedgerFile, "append", append)
             one, _ = labeller(folder, mechanism)
             assert one.label(QUERIES, VOTES).unaffordable == 0
             reserved = [entry.granted for entry in book.entries if entry.state == "reserved"]

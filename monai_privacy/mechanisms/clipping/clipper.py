@@ -273,7 +273,7 @@ def _check(
 
 
 def _give_back_memory() -> None:
-    """What a probe freed goes back to the system: glibc would keep it in pieces, up to three times what a step needs."""
+    """What a probe freed goes back to the system: glibc would keep it in pieces."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
