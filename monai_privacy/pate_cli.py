@@ -258,6 +258,43 @@ def label(
 
 
 @app.command()
+def bound(
+    votes: Annotated[list[Path], typer.Argument(help="The files of votes that were labelled.")],
+    ledger: Annotated[Path, typer.Option(help="Ledger of the hospitals' patients.")],
+    output: Annotated[Path, typer.Option(help="JSON file for the bound.")],
+    answers: Annotated[
+        Path | None, typer.Option(help="File that remembers answers; beside the ledger otherwise.")
+    ] = None,
+    agreement: Annotated[
+        float, typer.Option(help="Share of the teachers expected to agree, before anybody looked at the votes.")
+    ] = 0.9,
+    purpose: Annotated[str, typer.Option(help="Who asks and why, for the report.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Publish, with noise and charged to the ledger, what the labels cost at the votes there were (data-dependent ε)."""
+    from monai_privacy.accounting import PrivacyLedger
+    from monai_privacy.pate.hospital_votes import read_hospital_votes, total_votes
+    from monai_privacy.pate.vote_bound import release_vote_bound
+
+    queries, counts, _ = total_votes([read_hospital_votes(path) for path in votes])
+    book = PrivacyLedger(ledger)
+    found = release_vote_bound(
+        queries, counts, book, answers or ledger.with_suffix(".answers.jsonl"), output, agreement=agreement,
+        purpose=purpose,
+    )  # fmt: skip
+    delta = found.plan.delta
+    if as_json:
+        print(json.dumps(found.to_dict() | {"ledger_epsilon": book.epsilon(delta), "output": str(output)}))
+        return
+    print(
+        f"{output}: at the votes there were, the labels cost a patient at most ε {rounded_up(found.epsilon, 4)}, with this "
+        f"bound {rounded_up(found.epsilon_with_release, 4)}, at δ = {delta:g}, but for a chance of "
+        f"{found.plan.miss_probability:g}"
+    )
+    print(f"whatever the votes, ε of everything on {ledger} is {rounded_up(book.epsilon(delta), 4)}: that is the claim")
+
+
+@app.command()
 def run(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle, such as bundles/covid_ct_pate.")],
     output: Annotated[Path, typer.Argument(help="Folder for everything; begun again, it goes on.")],

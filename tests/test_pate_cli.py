@@ -22,7 +22,10 @@ import pytest
 from command_line import assert_one_line, call
 from PIL import Image
 
+from monai_privacy.accounting import PrivacyLedger
 from monai_privacy.pate import VotingPlan, advice
+from monai_privacy.pate.hospital_votes import HospitalVotes, write_hospital_votes
+from monai_privacy.report.numbers import rounded_up
 
 BLOG = ["pate", "plan", "--teachers", 5, "--queries", 163, "--classes", 2, "--epsilon", 8]
 GOOD = ["pate", "plan", "--teachers", 25, "--queries", 163, "--epsilon", 8, "--hospitals", 5]
@@ -162,3 +165,31 @@ def test_planning_imports_neither_torch_nor_monai():
     script = f"{imports}; print({{'torch', 'monai', 'matplotlib'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_labels_and_then_what_they_cost_at_these_votes(tmp_path):
+    ledger, bound = tmp_path / "ledger.jsonl", tmp_path / "bound.json"
+    votes = []
+    for hospital in ("north", "south"):
+        teachers = tuple(f"{hospital} {number}" for number in range(500))
+        rows = tuple((485, 15) if row % 2 else (20, 480) for row in range(200))
+        queries = tuple(f"image {row}" for row in range(200))
+        votes.append(tmp_path / f"{hospital}.json")
+        write_hospital_votes(HospitalVotes(hospital, 500, queries, rows, teachers, 1), votes[-1])
+    labels = ["--ledger", ledger, "--epsilon", 2, "--output", tmp_path / "labels.csv"]
+    assert call("pate", "label", *votes, *labels).returncode == 0
+    before = PrivacyLedger(ledger).epsilon(1e-5)
+    command = ["pate", "bound", *votes, "--ledger", ledger, "--output", bound]
+    assert_one_line(call(*command, "--agreement", 0.55), "nothing would be gained")
+    assert_one_line(call("pate", "bound", votes[0], *command[4:]), "do not add up to 1000 teachers")
+    done = call(*command, "--agreement", 0.95)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(bound.read_text(encoding="utf-8"))
+    after = PrivacyLedger(ledger).epsilon(1e-5)
+    assert told["epsilon"] < told["epsilon_with_release"] < before < after
+    first, second = done.stdout.splitlines()
+    assert f"the labels cost a patient at most ε {rounded_up(told['epsilon'], 4)}," in first
+    assert f"with this bound {rounded_up(told['epsilon_with_release'], 4)}, at δ = 1e-05" in first
+    assert second.endswith(f"is {rounded_up(after, 4)}: that is the claim")
+    again = json.loads(call(*command, "--json").stdout)
+    assert (again["rdp"], again["ledger_epsilon"]) == (told["rdp"], after)

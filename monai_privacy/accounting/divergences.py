@@ -24,14 +24,15 @@ from dp_accounting.dp_event import DpEvent
 from dp_accounting.pld import privacy_loss_distribution as pld_lib
 from numpy.typing import NDArray
 
-from monai_privacy.accounting.events import leaves
+from monai_privacy.accounting.events import SmoothReleaseDpEvent, leaves
+from monai_privacy.accounting.vote_sensitivity import smooth_release_rdp
 
 # dp-accounting warns through absl for each RDP order that does not converge; leaving one out only loosens the bound.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 ORDERS = tuple(float(order) for order in rdp.RdpAccountant().orders)
 _MOST_POINTS = 16_000
-_WITHOUT_DISTRIBUTION = (dp_event.RepeatAndSelectDpEvent,)
+_WITHOUT_DISTRIBUTION = (dp_event.RepeatAndSelectDpEvent, SmoothReleaseDpEvent)
 _WITHOUT_DIVERGENCE = (dp_event.MixtureOfGaussiansDpEvent, dp_event.TruncatedSubsampledGaussianDpEvent)
 
 
@@ -55,6 +56,14 @@ def renyi_divergences(leaf: DpEvent) -> NDArray[np.float64]:
 # The curve takes most of the time, and every number of steps and every δ asks for the same one.
 @lru_cache(maxsize=256)
 def _renyi_divergences(leaf: DpEvent) -> NDArray[np.float64]:
+    if isinstance(leaf, SmoothReleaseDpEvent):
+        known = [1 < order < 1 / (2 * leaf.beta) for order in ORDERS]
+        return np.array(
+            [
+                smooth_release_rdp(order, leaf.beta, leaf.noise_multiplier) if one else np.inf
+                for order, one in zip(ORDERS, known, strict=True)
+            ]
+        )
     accountant = rdp.RdpAccountant(ORDERS)
     with np.errstate(over="ignore", divide="ignore"):  # an infinite divergence is an answer
         accountant.compose(leaf)

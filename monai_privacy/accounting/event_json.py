@@ -21,7 +21,7 @@ from typing import Any
 from dp_accounting import dp_event
 from dp_accounting.dp_event import DpEvent
 
-from monai_privacy.accounting.events import composed, leaves
+from monai_privacy.accounting.events import SmoothReleaseDpEvent, composed, leaves
 from monai_privacy.accounting.values import checked_count
 
 # Kinds nest a few levels: a step, its repetition, a run that was tuned.
@@ -70,6 +70,8 @@ def _leaf_to_dict(leaf: DpEvent) -> dict[str, Any]:
             "sensitivities": list(leaf.sensitivities),
             "chances": list(leaf.sampling_probs),
         }
+    if isinstance(leaf, SmoothReleaseDpEvent):
+        return {"kind": "smooth_release", "beta": leaf.beta, "noise_multiplier": leaf.noise_multiplier}
     if isinstance(leaf, dp_event.RepeatAndSelectDpEvent):
         shape = "poisson" if math.isinf(leaf.shape) else leaf.shape
         return {"kind": "tuned", "mean_runs": leaf.mean, "shape": shape, "event": event_to_dict(leaf.event)}
@@ -118,5 +120,6 @@ _LEAVES = {
     "mixture_of_gaussians": lambda data, _: dp_event.MixtureOfGaussiansDpEvent(
         data["noise_multiplier"], data["sensitivities"], data["chances"]
     ),
+    "smooth_release": lambda data, _: SmoothReleaseDpEvent(data["beta"], data["noise_multiplier"]),
     "tuned": _read_tuned,
 }

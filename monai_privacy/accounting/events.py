@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from dp_accounting import dp_event
 from dp_accounting.dp_event import DpEvent
@@ -26,6 +27,14 @@ from monai_privacy.accounting.values import checked_count, checked_noise, checke
 # A tuned recipe whose runs were themselves tuned: each level costs, and more than a few are a mistake.
 _DEEPEST = 4
 _MOST_RELEASES = 10**18
+
+
+@dataclass(frozen=True)
+class SmoothReleaseDpEvent(DpEvent):
+    """A number published with Gaussian noise in proportion to its β-smooth sensitivity; see :func:`smooth_release_event`."""
+
+    beta: float
+    noise_multiplier: float
 
 
 def dpsgd_event(*, sample_rate: float, noise_multiplier: float, steps: int = 1) -> DpEvent:
@@ -177,6 +186,23 @@ def label_votes_event(
     return dp_event.SelfComposedDpEvent(answer, checked_count("answers", answers))
 
 
+def smooth_release_event(*, beta: float, noise_multiplier: float) -> DpEvent:
+    """The event of publishing a number with noise N(0, (smooth sensitivity · ``noise_multiplier``)²).
+
+    The noise is as large as the data make it, so that its size is private too. Only Rényi divergences of it are known,
+    of orders below 1 / (2 ``beta``).
+
+    Args:
+        beta: of the smooth sensitivity, below 1/2.
+        noise_multiplier: noise standard deviation divided by the smooth sensitivity.
+
+    Reference: Papernot et al. 2018, arXiv:1802.08908, Theorem 23.
+    """
+    if checked_positive("beta", beta) >= 0.5:
+        raise ValueError(f"beta is {beta:g}, but nothing is known of such a release from 0.5 on: choose a smaller one.")
+    return SmoothReleaseDpEvent(float(beta), checked_noise("noise_multiplier", noise_multiplier))
+
+
 def tuning_event(run: DpEvent, *, mean_runs: float, shape: float = 0.0) -> DpEvent:
     """The event of running ``run`` a random number of times and releasing the best result alone.
 
@@ -251,6 +277,8 @@ def _checked_leaf(event: DpEvent, depth: int = 0) -> DpEvent:
         ).event
     if kind is dp_event.MixtureOfGaussiansDpEvent:
         return _checked_mixture(event)
+    if kind is SmoothReleaseDpEvent and depth == 0:  # dp-accounting, which judges tuned runs, does not know it
+        return smooth_release_event(beta=event.beta, noise_multiplier=event.noise_multiplier)
     if kind is dp_event.RepeatAndSelectDpEvent and depth < _DEEPEST:
         return _checked_tuning(event, depth)
     raise ValueError(

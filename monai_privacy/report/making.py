@@ -29,7 +29,7 @@ from dp_accounting.rdp.rdp_privacy_accountant import compute_delta
 
 from monai_privacy.accounting import accountants
 from monai_privacy.accounting.event_json import event_to_dict
-from monai_privacy.accounting.events import capped_images_event, composed, leaves
+from monai_privacy.accounting.events import SmoothReleaseDpEvent, capped_images_event, composed, leaves
 from monai_privacy.accounting.filters import allowance
 from monai_privacy.accounting.ledger_state import LedgerEntry, LedgerState
 from monai_privacy.accounting.risk import EPSILONS, rates_by_profile
@@ -208,6 +208,8 @@ def _mechanism(step: DpEvent) -> str:
         return (
             "Gaussian noise on a sum of clipped gradients of single images, certified for patients with at most so many"
         )
+    if SmoothReleaseDpEvent in kinds:
+        return "a number with Gaussian noise in proportion to its smooth sensitivity"
     if kinds == {dp_event.RepeatAndSelectDpEvent}:
         return "a run repeated a random number of times, of which the best was released"
     return (

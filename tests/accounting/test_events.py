@@ -36,6 +36,7 @@ from monai_privacy.accounting import (
     event_to_dict,
     gnmax_event,
     lnmax_event,
+    smooth_release_event,
     truncated_dpsgd_event,
     tuning_event,
     vote_threshold_event,
@@ -65,11 +66,14 @@ SIMPLE = (
     | TRUNCATED
     | CAPPED
 )
+SMOOTH = st.builds(
+    lambda beta, sigma: smooth_release_event(beta=beta, noise_multiplier=sigma), st.floats(1e-6, 0.49), SIGMAS
+)
 TUNED = st.builds(
     lambda parts, mean, shape: tuning_event(composed(parts), mean_runs=mean, shape=shape),
     st.lists(SIMPLE, min_size=1, max_size=3), st.floats(1, 1e6), st.sampled_from([0.0, 0.5, 1.0, math.inf]),
 )  # fmt: skip
-LEAVES = SIMPLE | TUNED
+LEAVES = SIMPLE | TUNED | SMOOTH
 EVENTS = st.recursive(
     LEAVES,
     lambda inner: (
@@ -296,6 +300,19 @@ def test_bad_mixtures(sensitivities: tuple, chances: tuple, said: str) -> None:
 def test_bad_tuning(mean: float, shape: float) -> None:
     with pytest.raises(ValueError, match="mean_runs"):
         tuning_event(GaussianDpEvent(1.0), mean_runs=mean, shape=shape)
+
+
+def test_a_smooth_release_is_not_tuned() -> None:
+    with pytest.raises(ValueError, match="SmoothReleaseDpEvent is no event"):
+        tuning_event(smooth_release_event(beta=0.01, noise_multiplier=20.0), mean_runs=2)
+
+
+@pytest.mark.parametrize("beta", [*NO_POSITIVE_NUMBER, 0.5, 3.0])
+def test_bad_smooth_releases(beta: object) -> None:
+    with pytest.raises(ValueError, match="beta is"):
+        smooth_release_event(beta=beta, noise_multiplier=20.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="noise_multiplier is"):
+        smooth_release_event(beta=0.01, noise_multiplier=beta if beta not in (0.5, 3.0) else 0.0)  # type: ignore[arg-type]
 
 
 def test_tuning_of_nothing_and_without_end() -> None:
