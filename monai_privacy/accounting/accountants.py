@@ -42,6 +42,10 @@ from monai_privacy.accounting.gaussian import gaussian_delta, gaussian_epsilon
 from monai_privacy.accounting.values import PrivacyBudget, checked_count, checked_delta
 
 _INTERVAL = 1e-4
+# Discretisation adds about 2 steps · interval² / ε to ε (measured): with few steps the interval may be longer, so far that ε
+# is told too large by no more than a hundred-thousandth. In powers of two, so that single steps are computed once.
+_RELATIVE_EXCESS = 5e-6
+_LONGEST = 8
 # Below this ε the discretisation of the privacy loss dominates the PLD bound: refine it.
 _SMALL_EPSILON = 0.1
 _FINE_INTERVAL = 1e-5
@@ -140,10 +144,19 @@ def _pld_where_known(items: Counts, delta: float, by_rdp: float) -> float:
     tight = all(has_tight_divergence(leaf) for leaf, _ in items)
     if tight and by_rdp > _LARGEST_EPSILON:
         return math.inf
-    by_pld = _pld_epsilon(items, delta, _INTERVAL * _coarseness(items, by_rdp))
+    by_pld = _pld_epsilon(items, delta, _interval(items, by_rdp))
     if tight and min(by_pld, by_rdp) < _SMALL_EPSILON:
         by_pld = min(by_pld, _pld_epsilon(items, delta, _FINE_INTERVAL))
     return by_pld
+
+
+def _interval(items: Counts, by_rdp: float) -> float:
+    """The discretisation of the privacy loss that ε is computed with."""
+    if not all(has_tight_divergence(leaf) for leaf, _ in items):
+        return _INTERVAL
+    steps = sum(combined(leaf, count)[1] for leaf, count in items)
+    allowed = max(1.0, by_rdp * math.sqrt(_RELATIVE_EXCESS / steps) / _INTERVAL)
+    return _INTERVAL * max(min(_LONGEST, 2 ** math.floor(math.log2(allowed))), _coarseness(items, by_rdp))
 
 
 def _coarseness(items: Counts, by_rdp: float) -> int:
@@ -323,7 +336,7 @@ def delta_of(event: DpEvent, epsilons: NDArray[np.float64]) -> NDArray[np.float6
     usual = _rdp_epsilon(items, 1e-5)
     if tight and usual > _LARGEST_EPSILON:
         return by_rdp
-    total, rounding = _composed_pld(items, _INTERVAL * _coarseness(items, usual))
+    total, rounding = _composed_pld(items, _interval(items, usual))
     # One by one: for a whole array the library walks through the distribution in Python.
     by_pld = np.array([float(total.get_delta_for_epsilon(float(value))) for value in epsilons]) + rounding
     return np.minimum(1.0, np.minimum(by_pld, by_rdp))
@@ -339,11 +352,12 @@ def _pld_epsilon(items: Counts, delta: float, interval: float) -> float:
 def _composed_pld(items: Counts, interval: float) -> tuple[pld_lib.PrivacyLossDistribution, float]:
     # One grid for all: distributions compose only where theirs agree.
     interval = max(interval, *(finest_interval(leaf) for leaf, _ in items))
-    total = pld_lib.identity(value_discretization_interval=interval)
+    total: pld_lib.PrivacyLossDistribution | None = None
     rounding = 0.0
     for leaf, count in items:
         leaf, count = combined(leaf, count)
         once = privacy_loss_distribution(leaf, interval)
-        total = total.compose(once if count == 1 else once.self_compose(count))
+        part = once if count == 1 else once.self_compose(count)
+        total = part if total is None else total.compose(part)
         rounding += (count + 1) * _ROUNDING_PER_STEP
     return total, rounding

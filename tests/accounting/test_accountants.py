@@ -53,6 +53,7 @@ from monai_privacy.accounting.events import (
     composed,
     gnmax_event,
     laplace_event,
+    leaves,
     truncated_dpsgd_event,
 )
 
@@ -244,6 +245,23 @@ def test_a_small_epsilon_is_computed_on_a_fine_grid(monkeypatch: pytest.MonkeyPa
     intervals.clear()
     assert epsilon(dpsgd_event(sample_rate=0.05, noise_multiplier=8.0, steps=100), 1e-5) > 0.1
     assert intervals == [1e-4]
+
+
+@pytest.mark.parametrize(
+    ("sample_rate", "noise_multiplier", "steps", "delta", "interval"),
+    [
+        (0.268, 3.58, 119, 1.4e-6, 8e-4), (0.205, 3.86, 1524, 1.4e-7, 4e-4), (0.444, 11.5, 74, 8.8e-6, 2e-4),
+        (0.0365, 2.29, 64, 1.4e-8, 2e-4), (0.95, 12.1, 2, 4.6e-7, 4e-4),
+    ],
+)  # fmt: skip
+def test_a_longer_interval_for_few_steps_adds_less_than_a_hundred_thousandth(
+    sample_rate: float, noise_multiplier: float, steps: int, delta: float, interval: float
+) -> None:
+    event = dpsgd_event(sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=steps)
+    items = tuple(leaves(event).items())
+    assert accountants._interval(items, accountants.rdp_epsilon(event, delta)) == pytest.approx(interval)
+    finest = accountants._pld_epsilon(items, delta, 2.5e-5)
+    assert finest * (1 - ROUNDING) <= epsilon(event, delta) <= finest * (1 + 1e-5)
 
 
 @pytest.mark.parametrize(
