@@ -269,6 +269,21 @@ def _cell(row: dict[str, Any], contender: str) -> str:
     return text
 
 
+def _timed(name: str, contenders: Sequence[str], *settings: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"plain_megabytes": None, "contenders": {}}
+    for contender, timing in times(NETWORKS[name], contenders, *settings).items():
+        said = {"error": timing} if isinstance(timing, str) else asdict(timing) | {"ratio": timing.ratio}
+        row["contenders"][contender] = said
+    return row
+
+
+def _add_memory(row: dict[str, Any], name: str, device: str, amp: bool) -> None:
+    row["plain_megabytes"] = memory(name, "plain", device, amp)
+    for contender, found in row["contenders"].items():
+        if "ratio" in found:
+            found["megabytes"] = memory(name, contender, device, amp)
+
+
 def _save(results: dict[str, Any], output: Path) -> None:
     output.parent.mkdir(exist_ok=True)
     output.write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -284,6 +299,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-times", action="store_true", help="add the memory to rows that were timed before")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -299,19 +315,13 @@ def main() -> None:
     console = Console()
     for name in options.networks:
         with console.status(f"{name} ..."):
-            row: dict[str, Any] = {"plain_megabytes": None, "contenders": {}}
-            for contender, timing in times(NETWORKS[name], contenders, *settings).items():
-                said = {"error": timing} if isinstance(timing, str) else asdict(timing) | {"ratio": timing.ratio}
-                row["contenders"][contender] = said
-            results["rows"][name] = row
-            _save(results, output)
-            if not options.no_memory:
-                row["plain_megabytes"] = memory(name, "plain", options.device, options.amp)
-                for contender, found in row["contenders"].items():
-                    if "ratio" in found:
-                        found["megabytes"] = memory(name, contender, options.device, options.amp)
+            if not options.no_times:
+                results["rows"][name] = _timed(name, contenders, *settings)
                 _save(results, output)
-        console.print(table({"rows": {name: row}}), soft_wrap=True, highlight=False)
+            if not options.no_memory:
+                _add_memory(results["rows"][name], name, options.device, options.amp)
+                _save(results, output)
+        console.print(table({"rows": {name: results["rows"][name]}}), soft_wrap=True, highlight=False)
     heading = "\ntime of a step over that of plain training (peak memory of the process and of tensors likewise)\n\n"
     console.print(heading + table(results), soft_wrap=True)
 

@@ -22,13 +22,13 @@ from monai_privacy.engines import DPSupervisedTrainer
 from monai_privacy.report import PrivacyReport
 
 # Of the time of one report, between two.
-_SHARE = 9.0
+_SHARE = 19.0
 
 
 class PrivacyReportHandler:
     """Writes ``privacy_report.json`` and ``.md``, recomputed from the ledger, after epochs, and ``.html`` at the end.
 
-    The first epoch is reported, and later ones as often as costs at most a tenth of the time; the end always is.
+    The first epoch is reported, and later ones as often as costs at most a twentieth of the time; the end always is.
 
     Args:
         output_dir: folder for the files; made where missing.
@@ -57,7 +57,7 @@ class PrivacyReportHandler:
         Args:
             engine: a :class:`DPSupervisedTrainer`.
         """
-        # The first epoch, and then as often as costs at most a tenth of the run: small epochs are shorter than a report.
+        # The first epoch, and then as often as costs at most a twentieth of the run: small epochs are shorter than a report.
         if time.monotonic() < self._again_at:
             return
         began = time.monotonic()
