@@ -273,22 +273,25 @@ def bound(
 ) -> None:
     """Publish, with noise and charged to the ledger, what the labels cost at the votes there were (data-dependent ε)."""
     from monai_privacy.accounting import PrivacyLedger
-    from monai_privacy.pate.hospital_votes import read_hospital_votes, total_votes
+    from monai_privacy.pate.hospital_votes import read_hospital_votes, teachers_digest, total_votes
     from monai_privacy.pate.vote_bound import release_vote_bound
 
-    queries, counts, _ = total_votes([read_hospital_votes(path) for path in votes])
+    if not ledger.exists():
+        raise ValueError(f"{ledger} does not exist: name the ledger that the labels were charged to.")
+    hospitals = [read_hospital_votes(path) for path in votes]
+    queries, counts, _ = total_votes(hospitals)
     book = PrivacyLedger(ledger)
     found = release_vote_bound(
-        queries, counts, book, answers or ledger.with_suffix(".answers.jsonl"), output, agreement=agreement,
-        purpose=purpose,
+        queries, counts, book, answers or ledger.with_suffix(".answers.jsonl"), output,
+        teachers=teachers_digest(hospitals), agreement=agreement, purpose=purpose,
     )  # fmt: skip
     delta = found.plan.delta
     if as_json:
         print(json.dumps(found.to_dict() | {"ledger_epsilon": book.epsilon(delta), "output": str(output)}))
         return
     print(
-        f"{output}: at the votes there were, the labels cost a patient at most ε {rounded_up(found.epsilon, 4)}, with this "
-        f"bound {rounded_up(found.epsilon_with_release, 4)}, at δ = {delta:g}, but for a chance of "
+        f"{output}: at the votes there were, the labels betray a patient by at most ε {rounded_up(found.epsilon, 4)}, with "
+        f"this bound {rounded_up(found.epsilon_with_release, 4)}, at δ = {delta:g}, but for a chance of "
         f"{found.plan.miss_probability:g}"
     )
     print(f"whatever the votes, ε of everything on {ledger} is {rounded_up(book.epsilon(delta), 4)}: that is the claim")

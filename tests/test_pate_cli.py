@@ -181,14 +181,17 @@ def test_labels_and_then_what_they_cost_at_these_votes(tmp_path):
     before = PrivacyLedger(ledger).epsilon(1e-5)
     command = ["pate", "bound", *votes, "--ledger", ledger, "--output", bound]
     assert_one_line(call(*command, "--agreement", 0.55), "nothing would be gained")
-    assert_one_line(call("pate", "bound", votes[0], *command[4:]), "do not add up to 1000 teachers")
+    assert_one_line(call("pate", "bound", votes[0], *command[4:]), "other teachers")
+    typo = tmp_path / "typo.jsonl"
+    assert_one_line(call("pate", "bound", *votes, "--ledger", typo, "--output", bound), "does not exist")
+    assert not typo.exists()
     done = call(*command, "--agreement", 0.95)
     assert done.returncode == 0, done.stderr
     told = json.loads(bound.read_text(encoding="utf-8"))
     after = PrivacyLedger(ledger).epsilon(1e-5)
     assert told["epsilon"] < told["epsilon_with_release"] < before < after
     first, second = done.stdout.splitlines()
-    assert f"the labels cost a patient at most ε {rounded_up(told['epsilon'], 4)}," in first
+    assert f"the labels betray a patient by at most ε {rounded_up(told['epsilon'], 4)}," in first
     assert f"with this bound {rounded_up(told['epsilon_with_release'], 4)}, at δ = 1e-05" in first
     assert second.endswith(f"is {rounded_up(after, 4)}: that is the claim")
     again = json.loads(call(*command, "--json").stdout)

@@ -25,7 +25,7 @@ from dp_accounting.pld import privacy_loss_distribution as pld_lib
 from numpy.typing import NDArray
 
 from monai_privacy.accounting.events import SmoothReleaseDpEvent, leaves
-from monai_privacy.accounting.vote_sensitivity import smooth_release_rdp
+from monai_privacy.accounting.vote_sensitivity import smooth_release_limit, smooth_release_rdp
 
 # dp-accounting warns through absl for each RDP order that does not converge; leaving one out only loosens the bound.
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -57,13 +57,9 @@ def renyi_divergences(leaf: DpEvent) -> NDArray[np.float64]:
 @lru_cache(maxsize=256)
 def _renyi_divergences(leaf: DpEvent) -> NDArray[np.float64]:
     if isinstance(leaf, SmoothReleaseDpEvent):
-        known = [1 < order < 1 / (2 * leaf.beta) for order in ORDERS]
-        return np.array(
-            [
-                smooth_release_rdp(order, leaf.beta, leaf.noise_multiplier) if one else np.inf
-                for order, one in zip(ORDERS, known, strict=True)
-            ]
-        )
+        finite = [order for order in ORDERS if leaf.beta < smooth_release_limit(order)]
+        known = [smooth_release_rdp(order, leaf.beta, leaf.noise_multiplier) for order in finite]
+        return np.array(known + [np.inf] * (len(ORDERS) - len(known)))
     accountant = rdp.RdpAccountant(ORDERS)
     with np.errstate(over="ignore", divide="ignore"):  # an infinite divergence is an answer
         accountant.compose(leaf)

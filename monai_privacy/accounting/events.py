@@ -190,17 +190,15 @@ def smooth_release_event(*, beta: float, noise_multiplier: float) -> DpEvent:
     """The event of publishing a number with noise N(0, (smooth sensitivity · ``noise_multiplier``)²).
 
     The noise is as large as the data make it, so that its size is private too. Only Rényi divergences of it are known,
-    of orders below 1 / (2 ``beta``).
+    those of low orders, see :func:`~monai_privacy.accounting.vote_sensitivity.smooth_release_rdp`.
 
     Args:
-        beta: of the smooth sensitivity, below 1/2.
+        beta: of the smooth sensitivity.
         noise_multiplier: noise standard deviation divided by the smooth sensitivity.
 
-    Reference: Papernot et al. 2018, arXiv:1802.08908, Theorem 23.
+    Reference: Nissim et al. 2007; Papernot et al. 2018, arXiv:1802.08908, Section B.
     """
-    if checked_positive("beta", beta) >= 0.5:
-        raise ValueError(f"beta is {beta:g}, but nothing is known of such a release from 0.5 on: choose a smaller one.")
-    return SmoothReleaseDpEvent(float(beta), checked_noise("noise_multiplier", noise_multiplier))
+    return SmoothReleaseDpEvent(checked_positive("beta", beta), checked_noise("noise_multiplier", noise_multiplier))
 
 
 def tuning_event(run: DpEvent, *, mean_runs: float, shape: float = 0.0) -> DpEvent:

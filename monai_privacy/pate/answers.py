@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from monai_privacy.accounting.ledger import PrivacyLedger
 from monai_privacy.accounting.ledger_file import LedgerError, LedgerFile
 
-__all__ = ["Answer", "AnswerFile", "Intent"]
+__all__ = ["Answer", "AnswerFile", "Intent", "require_newest"]
 
 FORMAT = 1
 Answer = int | tuple[int, ...]
@@ -73,6 +74,10 @@ class AnswerFile:
         #: How many queries were ever paid for, by kind, and the most steps of the ledger that this file knows of.
         self.number: dict[str, int] = {"ask": 0, "pay": 0}
         self.charged: dict[str, int] = {"ask": 0, "pay": 0}
+        #: Thresholds that questions were asked with, where they were not the mechanism's own.
+        self.thresholds: set[float] = set()
+        #: Entries of the ledger for what was published besides: bounds on what these answers cost.
+        self.bounds: list[str] = []
         self._hashes: dict[int, str] = {}
         #: Queries whose question, or answer, is paid for and not yet drawn.
         self.paid: dict[str, set[str]] = {"ask": set(), "pay": set()}
@@ -128,13 +133,18 @@ class AnswerFile:
         """The charge was not made, and never will be."""
         self._write({"kind": "dropped"})
 
-    def write_passed(self, outcomes: Mapping[str, bool]) -> None:
-        """The outcomes of questions."""
-        self._write({"kind": "passed", "queries": list(outcomes), "passed": list(outcomes.values())})
+    def write_passed(self, outcomes: Mapping[str, bool], threshold: float | None = None) -> None:
+        """The outcomes of questions, and their threshold where it is not the mechanism's own."""
+        record = {"kind": "passed", "queries": list(outcomes), "passed": list(outcomes.values())}
+        self._write(record if threshold is None else record | {"threshold": threshold})
 
     def write_answers(self, answers: Mapping[str, Answer]) -> None:
         """Answers, before anybody sees them."""
         self._write({"kind": "answers", "queries": list(answers), "labels": list(answers.values())})
+
+    def write_bound(self, entry: str) -> None:
+        """A bound on what these answers cost is about to be charged to that entry, and published."""
+        self._write({"kind": "bound", "entry": entry})
 
     def _write(self, record: dict[str, Any]) -> None:
         self._file.append(record)
@@ -156,8 +166,12 @@ class AnswerFile:
             self.unsettled = Intent(kind, int(record["after"]), str(record["token"]), tuple(record["queries"]))
         elif kind == "dropped":
             self.unsettled = None
+        elif kind == "bound" and self.heading:
+            self.bounds.append(str(record["entry"]))
         elif kind == "passed" and self.heading:
             self.settle()
+            if "threshold" in record:
+                self.thresholds.add(float(record["threshold"]))
             for query, passed in zip(record["queries"], record["passed"], strict=True):
                 self.paid["ask"].discard(query)
                 if passed:
@@ -172,3 +186,27 @@ class AnswerFile:
                 self.answers[query] = tuple(label) if isinstance(label, list) else int(label)
         else:
             raise ValueError(f"{kind!r} is not expected here")
+
+
+def require_newest(ledger: PrivacyLedger, file: AnswerFile) -> None:
+    """Refuse an older copy of the ledger, or of the answers, or another ledger: each would draw again what was drawn.
+
+    Raises:
+        LedgerError: in that case.
+    """
+    for kind, entry_id in file.heading["entries"].items():
+        if entry_id is None:
+            continue
+        entry = ledger.entry(entry_id)
+        if entry.steps < file.charged[kind]:
+            raise LedgerError(
+                f"{ledger.path} has {entry.steps} steps of {entry.entry_id[:8]}, but {file.path} knows of "
+                f"{file.charged[kind]}: the ledger is an older copy. Put the newest one back; nothing was released."
+            )
+        if entry.note and not file.holds(entry.note):
+            raise LedgerError(
+                f"{file.path} does not have line {entry.note.split()[0]} that {ledger.path} knows of: it is an older copy, "
+                "or a second one. Put the newest one back; nothing was released."
+            )
+    for entry_id in file.bounds:
+        ledger.entry(entry_id)

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from torch import Tensor
 from monai_privacy.accounting.values import checked_count
 from monai_privacy.mechanisms.voting import require_votes
 
-__all__ = ["HospitalVotes", "read_hospital_votes", "total_votes", "write_hospital_votes"]
+__all__ = ["HospitalVotes", "read_hospital_votes", "teachers_digest", "total_votes", "write_hospital_votes"]
 
 FORMAT = 2
 
@@ -117,6 +118,12 @@ def read_hospital_votes(path: str | os.PathLike[str]) -> HospitalVotes:
         raise ValueError(
             f"{path} holds no votes of a hospital ({error}). Ask the hospital to write them again."
         ) from error
+
+
+def teachers_digest(hospitals: Sequence[HospitalVotes]) -> str:
+    """A name for all teachers that vote, whatever the order of their hospitals."""
+    lines = sorted(f"{one.hospital} {' '.join(one.teachers)}" for one in hospitals)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def total_votes(hospitals: Sequence[HospitalVotes]) -> tuple[tuple[str, ...], Tensor, int]:

@@ -25,11 +25,10 @@ from torch import Tensor
 
 from monai_privacy.accounting.event_json import event_to_dict
 from monai_privacy.accounting.ledger import PrivacyLedger
-from monai_privacy.accounting.ledger_file import LedgerError
 from monai_privacy.accounting.values import PrivacyBudgetError, checked_count
 from monai_privacy.mechanisms.noise import NoiseSource, SystemNoise
 from monai_privacy.mechanisms.voting import ABSTAINED, LabelVoting, VotingMechanism
-from monai_privacy.pate.answers import Answer, AnswerFile, Intent
+from monai_privacy.pate.answers import Answer, AnswerFile, Intent, require_newest
 
 __all__ = ["VoteLabeller", "VoteLabels", "query_digest"]
 
@@ -155,7 +154,7 @@ class VoteLabeller:
                 common["note"] = self._file.announce()
                 self._file.begin(wanted | {"entries": self._reserve(common, int(max_queries))})
             self._require_same(wanted, None if ids is None else list(ids))
-            self._require_newest()
+            require_newest(self._ledger, self._file)
             self._settle()
 
     def label(self, queries: Sequence[str], votes: Tensor, *, mechanism: VotingMechanism | None = None) -> VoteLabels:
@@ -261,24 +260,6 @@ class VoteLabeller:
                 if ids is not None:
                     self._ledger.require_members(entry_id, ids, None)
 
-    def _require_newest(self) -> None:
-        """Refuse an older copy of the ledger, or of the answers: either would draw again what was drawn."""
-        for kind, charged in self._file.charged.items():
-            entry_id = self._entry(kind)
-            entry = None if entry_id is None else self._ledger.entry(entry_id)
-            if entry is None:
-                continue
-            if entry.steps < charged:
-                raise LedgerError(
-                    f"{self._ledger.path} has {entry.steps} steps of {entry.entry_id[:8]}, but {self._file.path} knows of "
-                    f"{charged}: the ledger is an older copy. Put the newest one back; nothing was released."
-                )
-            if entry.note and not self._file.holds(entry.note):
-                raise LedgerError(
-                    f"{self._file.path} does not have line {entry.note.split()[0]} that {self._ledger.path} knows of: it is "
-                    "an older copy, or a second one. Put the newest one back; nothing was released."
-                )
-
     def _entry(self, kind: str) -> str | None:
         entry: str | None = self._file.heading["entries"][kind]
         return entry
@@ -306,7 +287,7 @@ class VoteLabeller:
 
     def _draw(self, mechanism: VotingMechanism, votes: Tensor, rows: Mapping[str, int]) -> None:
         file = self._file
-        self._require_newest()
+        require_newest(self._ledger, self._file)
         self._settle()
         candidates = list(rows)
         if self._entry("ask"):
@@ -315,7 +296,9 @@ class VoteLabeller:
             asked = self._pay("ask", [name for name in candidates if name not in file.passed])
             if asked:
                 outcomes = mechanism.ask(votes, self._noise)
-                file.write_passed({name: bool(outcomes[rows[name]]) for name in asked})
+                threshold = getattr(mechanism, "threshold", None)
+                own = threshold == getattr(self._mechanism, "threshold", None)
+                file.write_passed({name: bool(outcomes[rows[name]]) for name in asked}, None if own else threshold)
                 self._ledger.write_note(str(self._entry("ask")), file.mark)
             candidates = [name for name in candidates if name in file.passed]
         answered = self._pay("pay", candidates) if self._entry("pay") else candidates

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from monai_privacy.accounting.ledger import PrivacyLedger
 from monai_privacy.data.partition import new_partition_key
 from monai_privacy.mechanisms.voting import GNMax
 from monai_privacy.pate.engine import TeacherVoteEvaluator
-from monai_privacy.pate.hospital_votes import HospitalVotes, total_votes
+from monai_privacy.pate.hospital_votes import HospitalVotes, teachers_digest, total_votes
 from monai_privacy.pate.labelling import VoteLabeller, VoteLabels
 from monai_privacy.pate.planning import VotingPlan, advice, require_informative
 from monai_privacy.pate.teachers import TeacherSet
@@ -162,9 +161,7 @@ def label_votes(
         max_queries=plan.num_queries,
         delta=delta,
         num_patients=num_patients,
-        teachers=hashlib.sha256(
-            "\n".join(sorted(f"{one.hospital} {' '.join(one.teachers)}" for one in hospitals)).encode()
-        ).hexdigest(),
+        teachers=teachers_digest(hospitals),
         purpose=purpose,
     )
     return queries, labeller.label(queries, votes), plan

@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ from monai_privacy.accounting.vote_costs import (
     threshold_rdp,
 )
 from monai_privacy.accounting.vote_sensitivity import (
+    gnmax_bound_is_continuous,
     gnmax_local_sensitivity,
+    smooth_release_limit,
     smooth_release_rdp,
     smooth_sensitivity,
     threshold_local_sensitivity,
@@ -49,7 +51,7 @@ from monai_privacy.accounting.vote_sensitivity import (
 from monai_privacy.mechanisms.confident_voting import ConfidentGNMax
 from monai_privacy.mechanisms.noise import NoiseSource, SystemNoise
 from monai_privacy.mechanisms.voting import GNMax
-from monai_privacy.pate.answers import AnswerFile
+from monai_privacy.pate.answers import AnswerFile, require_newest
 
 __all__ = [
     "PrivateVoteCost",
@@ -63,13 +65,14 @@ __all__ = [
 FORMAT = 1
 BoundedMechanism = GNMax | ConfidentGNMax
 _BOUNDED = (GNMax, ConfidentGNMax)
-# Where plans look for the smallest bound: Rényi orders, shares of the largest beta there, noise.
+# Where plans look for the smallest bound: Rényi orders, shares of the beta at which the divergence is infinite, noise.
 _ORDERS = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 20.0, 24.0, 28.0, 32.0, 40.0, 48.0, 64.0)
 _BETAS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 _NOISES = (3.0, 4.0, 6.0, 8.0, 11.0, 16.0, 22.0, 32.0, 45.0, 64.0, 90.0)
 _SENSITIVITY_NOISES = (4.0, 8.0, 16.0, 32.0)
 # So that its logarithm is finite; a larger number is as good a smooth sensitivity.
 _LEAST_SENSITIVITY = 1e-12
+_NOTE = "bound after line "
 _ASSUMPTIONS = (
     "whoever counted the votes is trusted, and kept them to itself",
     "the votes are those that the labels were drawn from",
@@ -84,13 +87,14 @@ class VoteBoundPlan:
 
     Args:
         order: Rényi order of the bound.
-        beta: of the smooth sensitivity, below 1 / (2 ``order``).
+        beta: of the smooth sensitivity; so small that the divergence of ``order`` is finite.
         noise_multiplier: noise on the bound, over its smooth sensitivity.
         sensitivity_noise_multiplier: noise on the logarithm of the smooth sensitivity, over ``beta``.
         delta: δ of the ε that is told.
         miss_probability: chance that the noise makes the published number too small.
-        expected_epsilon: what the labels and this release would cost together, if teachers agree as was assumed.
-        independent_epsilon: what the labels cost whatever the votes.
+        expected_epsilon: what the labels and this release would cost together, if teachers agree as was assumed; None where
+            nobody reckoned it.
+        independent_epsilon: what the labels cost whatever the votes; likewise.
     """
 
     order: float
@@ -99,8 +103,8 @@ class VoteBoundPlan:
     sensitivity_noise_multiplier: float
     delta: float
     miss_probability: float = 1e-6
-    expected_epsilon: float = math.nan
-    independent_epsilon: float = math.nan
+    expected_epsilon: float | None = None
+    independent_epsilon: float | None = None
 
     def __post_init__(self) -> None:
         checked_delta(self.delta)
@@ -155,8 +159,10 @@ class VoteBound:
         entry: the ledger's entry of this release.
         answers: the last line of the file of answers that it is about.
 
-    Guarantee: but for ``plan.miss_probability`` of the noise, the labels were (:attr:`epsilon`, δ)-indistinguishable, at
-    these votes, from those without any one teacher's patient. The published numbers are one release on the ledger.
+    Guarantee: but for ``plan.miss_probability`` of the noise, whatever the labels may show had at these votes a probability
+    of at most e^ε times, plus δ, what it would have had without any one teacher's patient, ε being :attr:`epsilon`. That is
+    one direction (Papernot et al. 2018, Theorem 6): how much less probable it became is not bounded but by the ledger's ε.
+    The published numbers are one release on the ledger.
     """
 
     plan: VoteBoundPlan
@@ -199,6 +205,7 @@ def plan_vote_bound(
     delta: float,
     agreement: float = 0.9,
     miss_probability: float = 1e-6,
+    filter_order: float | None = None,
 ) -> VoteBoundPlan:
     """Choose order and noise of a bound for votes in which so many teachers agree, without a look at the true ones.
 
@@ -208,6 +215,7 @@ def plan_vote_bound(
         delta: δ of the ε that is told.
         agreement: assumed share of the teachers that give the same label.
         miss_probability: chance that the noise makes the published number too small.
+        filter_order: the Rényi order that the ledger accounts with, where its budget is adaptive.
 
     Raises:
         ValueError: for a mechanism whose bound is not proved, or noise that no order has a proof for.
@@ -222,27 +230,29 @@ def plan_vote_bound(
     independent = epsilon(SelfComposedDpEvent(composed(_events(mechanism)), queries), delta)
     quantile = float(norm.isf(miss_probability / 2))
     best: VoteBoundPlan | None = None
+    smallest = math.inf
     for order in _ORDERS:
         try:
             rdp, local = _cost(mechanism, order, votes, teachers)
         except ValueError:
             continue  # nothing is proved at this order
         for share in _BETAS:
-            beta = share / (2 * order)
+            beta = share * smooth_release_limit(order)
+            if filter_order is not None and beta >= smooth_release_limit(filter_order):
+                continue
             smooth = max(_LEAST_SENSITIVITY, smooth_sensitivity(queries * local[None], beta))
             for noise, size_noise in product(_NOISES, _SENSITIVITY_NOISES):
-                plan = VoteBoundPlan(order, beta, noise, size_noise, delta, miss_probability, math.nan, independent)
+                plan = VoteBoundPlan(order, beta, noise, size_noise, delta, miss_probability)
                 upper = queries * rdp + quantile * noise * smooth * math.exp(quantile * beta * size_noise)
                 expected = plan.epsilon(upper + plan.rdp)
-                if best is None or expected < best.expected_epsilon:
-                    numbers = {one.name: getattr(plan, one.name) for one in fields(plan)}
-                    best = VoteBoundPlan(**numbers | {"expected_epsilon": expected})
+                if expected < smallest:
+                    best, smallest = plan, expected
     if best is None:
         raise ValueError(
             "with this noise nothing is proved about votes nearby (conditions C5 and C6): take more noise, or publish what "
             "the labels cost whatever the votes."
         )
-    return best
+    return replace(best, expected_epsilon=smallest, independent_epsilon=independent)
 
 
 def private_vote_cost(
@@ -274,6 +284,7 @@ def release_vote_bound(
     answers: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
+    teachers: str = "",
     agreement: float = 0.9,
     plan: VoteBoundPlan | None = None,
     purpose: str = "",
@@ -287,6 +298,7 @@ def release_vote_bound(
         ledger: that of the teachers' patients.
         answers: the file of answers.
         output: JSON file for the bound; where it has one of the same answers, that is returned, and nothing is charged.
+        teachers: what names the teachers in the file of answers.
         agreement: share of the teachers that was assumed to agree before the votes were seen, for the plan.
         plan: other numbers, chosen before the votes were seen.
         purpose: who asks and why, for the report.
@@ -294,7 +306,9 @@ def release_vote_bound(
 
     Raises:
         PrivacyBudgetError: where it does not fit the budget.
-        ValueError: where nothing would be gained, or the votes are not those of the answers; nothing is charged.
+        LedgerError: where the ledger is another one, or an older copy.
+        ValueError: where nothing would be gained, the votes are not those of the answers, or the file cannot be written;
+            nothing is charged.
     """
     if not Path(answers).exists():
         raise ValueError(f"{answers} does not exist: name the file that remembers the answers.")
@@ -302,7 +316,10 @@ def release_vote_bound(
     file = AnswerFile(answers)
     with file.locked():
         mechanism = _mechanism(file)
-        teachers = int(file.heading["facts"]["num_teachers"])
+        num_teachers = int(file.heading["facts"]["num_teachers"])
+        require_newest(ledger, file)
+        if file.heading["teachers"] != teachers:
+            raise ValueError(f"{file.path} holds answers of other teachers: give the votes that were labelled.")
         asked = sorted(set(file.answers) | file.passed)
         known = _read(output, file)
         if known is not None:
@@ -316,19 +333,22 @@ def release_vote_bound(
         counts = votes[[rows[name] for name in asked]]
         chosen = plan or plan_vote_bound(
             mechanism,
-            num_teachers=teachers,
+            num_teachers=num_teachers,
             num_queries=len(asked),
             num_classes=counts.shape[1],
             delta=file.heading["delta"],
             agreement=agreement,
+            filter_order=None if ledger.cohort is None else ledger.cohort.filter_order,
         )
-        if chosen.expected_epsilon >= chosen.independent_epsilon:
+        expected, independent = chosen.expected_epsilon, chosen.independent_epsilon
+        if expected is not None and independent is not None and expected >= independent:
             raise ValueError(
-                f"where {agreement:.0%} of {teachers} teachers agree, labels and bound together would be told to cost ε "
-                f"{chosen.expected_epsilon:.3g}, and the labels cost {chosen.independent_epsilon:.3g} whatever the votes: "
-                "nothing would be gained. More teachers would help, or more agreement, if it was expected beforehand."
+                f"where {agreement:.0%} of {num_teachers} teachers agree, labels and bound together would be told to cost ε "
+                f"{expected:.3g}, and the labels cost {independent:.3g} whatever the votes: nothing would be gained. More "
+                "teachers would help, or more agreement, if it was expected beforehand."
             )
-        cost = private_vote_cost(chosen, mechanism, counts, teachers)
+        cost = private_vote_cost(chosen, mechanism, counts, num_teachers)
+        _require_writable(output)
         entry = _charge(chosen, ledger, file, purpose, secret=source.is_secret)
         bound = _draw(chosen, cost, source)
         found = VoteBound(chosen, *bound, len(asked) * _independent_rdp(mechanism, chosen.order), entry, file.mark)
@@ -355,6 +375,11 @@ def _mechanism(file: AnswerFile) -> BoundedMechanism:
             f"{file.path} holds answers of {facts.get('mechanism', 'nobody')}, but a bound on what votes cost is proved for "
             f"{' and '.join(kinds)} alone: what they cost whatever the votes is on the ledger."
         )
+    if file.thresholds:
+        raise ValueError(
+            f"{file.path} holds answers to questions with another threshold than {facts['threshold']:g}: what they cost "
+            "whatever the votes is on the ledger."
+        )
     made = kind(**{one.name: facts[one.name] for one in fields(kind)})
     _require_bounded(made)
     return made
@@ -376,6 +401,10 @@ def _cost(
 ) -> tuple[float, NDArray[np.float64]]:
     """The Rényi divergence, and by how much it could change on votes so many teachers away, shape (teachers,)."""
     std = mechanism.noise_std
+    if not gnmax_bound_is_continuous(std, order):
+        raise ValueError(
+            f"at order {order:g} with noise_std {std:g} the bound jumps, which no sensitivity covers: choose a higher order."
+        )
     rdp = float(gnmax_rdp(gnmax_log_q(votes, std), std, [order]).sum())
     local = gnmax_local_sensitivity(votes, teachers, std, order).sum(axis=0)
     if isinstance(mechanism, ConfidentGNMax):
@@ -387,9 +416,9 @@ def _cost(
 
 def _charge(plan: VoteBoundPlan, ledger: PrivacyLedger, file: AnswerFile, purpose: str, *, secret: bool) -> str:
     """The charge of one release, on the disk."""
-    note = f"bound {file.mark}"
     for entry in ledger.entries:  # of somebody who was interrupted here before
-        if entry.state == "reserved" and entry.note == note:
+        ours = entry.note.startswith(_NOTE) and file.holds(entry.note.removeprefix(_NOTE))
+        if ours and entry.state == "reserved":
             if entry.steps:
                 ledger.commit(entry.entry_id)
             else:
@@ -400,11 +429,14 @@ def _charge(plan: VoteBoundPlan, ledger: PrivacyLedger, file: AnswerFile, purpos
         delta=plan.delta,
         unit=file.heading["unit"],
         purpose=purpose or "a bound on what the labels cost at the votes there were",
-        facts={key: value for key, value in asdict(plan).items() if math.isfinite(value)},
+        facts={key: value for key, value in asdict(plan).items() if value is not None},
         assumptions=_ASSUMPTIONS,
         not_private=() if secret else ("the noise of the bound is repeatable",),
-        note=note,
+        note=_NOTE + file.mark,
     )
+    # Each file knows of the other: an older copy of either is noticed, and draws nothing a second time.
+    file.write_bound(name)
+    ledger.write_note(str(file.heading["entries"]["pay"]), file.mark)
     ledger.record_step(name)
     return name
 
@@ -417,11 +449,23 @@ def _draw(plan: VoteBoundPlan, cost: PrivateVoteCost, noise: NoiseSource) -> tup
     return float(noisy), float(noisy_size)
 
 
+def _require_writable(output: str | os.PathLike[str]) -> None:
+    try:
+        _partial(output).write_text("", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"{output} cannot be written ({error.strerror}): name a file in a folder that exists."
+        ) from error
+
+
+def _partial(output: str | os.PathLike[str]) -> Path:
+    return Path(output).with_name(Path(output).name + ".partial")
+
+
 def _write(bound: VoteBound, output: str | os.PathLike[str]) -> None:
-    target = Path(output)
-    partial = target.with_name(target.name + ".partial")
+    partial = _partial(output)
     partial.write_text(json.dumps(bound.to_dict(), indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    os.replace(partial, output)
 
 
 def _read(output: str | os.PathLike[str], file: AnswerFile) -> VoteBound | None:

@@ -23,6 +23,7 @@ from dp_accounting.dp_event import ComposedDpEvent
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
+from scipy.integrate import quad
 from scipy.special import ndtr
 from scipy.stats import norm
 
@@ -39,8 +40,11 @@ from monai_privacy.accounting.vote_costs import (
     threshold_rdp,
 )
 from monai_privacy.accounting.vote_sensitivity import (
+    gnmax_bound_is_continuous,
     gnmax_local_sensitivity,
     gnmax_sensitivity_conditions,
+    published_smooth_release_rdp,
+    smooth_release_limit,
     smooth_release_rdp,
     smooth_sensitivity,
     threshold_local_sensitivity,
@@ -143,8 +147,40 @@ def test_smooth_sensitivity_as_published(entry):
     assert_allclose(local.sum(axis=0)[:20], entry["ls_total_first20"], **TOLERANCE)
     assert local.sum(axis=0)[-1] == pytest.approx(entry["ls_total_last"], rel=1e-5)
     assert smooth_sensitivity(local, entry["beta"]) == pytest.approx(entry["ss_beta"], rel=1e-5)
-    found = smooth_release_rdp(order, entry["beta"], entry["sigma_ss"])
+    found = published_smooth_release_rdp(order, entry["beta"], entry["sigma_ss"])
     assert found == pytest.approx(entry["gnss_rdp"], rel=1e-5)
+
+
+def test_at_low_orders_the_bound_jumps_and_that_is_said():
+    fewer, here, more = (gnmax_rdp(gnmax_log_q([[yes, 40 - yes]], 0.6), 0.6, [1.5])[0, 0] for yes in (21, 22, 23))
+    assert max(abs(here - fewer), abs(here - more)) > 2.8 * gnmax_local_sensitivity([[22, 18]], 40, 0.6, 1.5)[0, 0]
+    assert not gnmax_bound_is_continuous(0.6, 1.5)
+    assert all(
+        gnmax_bound_is_continuous(noise, order) for noise in (5.0, 20.0, 300.0) for order in (3.0, 8.0, 16.0)
+    )
+
+
+@given(st.floats(1.05, 100), st.floats(0.01, 0.999), st.floats(1, 100), st.floats(-1, 1), st.floats(0, 1))
+def test_the_divergence_of_a_smooth_release_is_that_of_the_worst_neighbours(order, share, scale, ratio, apart):
+    beta = share * smooth_release_limit(order)
+    claimed = smooth_release_rdp(order, beta, scale)
+
+    def divergence(ratio, apart):
+        """Of N(0, scale²) and N(apart · smaller sensitivity, (scale · ratio)²); Gil et al. 2013."""
+        mixed = 1 + order * (ratio**2 - 1)
+        mean = order * (apart * min(1, ratio) / scale) ** 2 / (2 * mixed)
+        return math.log(ratio) + math.log(ratio**2 / mixed) / (2 * (order - 1)) + mean
+
+    assert divergence(math.exp(ratio * beta), apart) <= claimed * (1 + 1e-6) + 1e-9
+    assert divergence(math.exp(-beta), 1) == pytest.approx(claimed, rel=1e-6, abs=1e-9)
+
+
+def test_the_published_divergence_of_a_smooth_release_is_no_bound():
+    # By quadrature: integral of p^8 q^-7 for N(0, 3²) and N(e^-0.05, (3 e^-0.05)²).
+    p, q = norm(0, 3), norm(math.exp(-0.05), 3 * math.exp(-0.05))
+    found = math.log(quad(lambda x: math.exp(8 * p.logpdf(x) - 7 * q.logpdf(x)), -60, 60, limit=400)[0]) / 7
+    assert smooth_release_rdp(8, 0.05, 3) == pytest.approx(found, rel=1e-6)
+    assert published_smooth_release_rdp(8, 0.05, 3) < found * 0.7
 
 
 def test_the_reference_s_own_unit_tests():
@@ -373,7 +409,11 @@ def test_values_out_of_range():
     with pytest.raises(ValueError, match="logarithm of a probability"):
         gnmax_rdp(np.array([0.5]), 1.0, [2.0])
     with pytest.raises(ValueError, match="between 1 and"):
+        published_smooth_release_rdp(32.0, 0.05, 10.0)
+    with pytest.raises(ValueError, match="Choose a smaller beta"):
         smooth_release_rdp(32.0, 0.05, 10.0)
+    with pytest.raises(ValueError, match="3 teachers for 4 classes"):
+        gnmax_local_sensitivity([[3, 0, 0, 0]], 3, 20, 4.0)
     with pytest.raises(ValueError, match="C5 or C6"):
         gnmax_local_sensitivity([[90, 10, 0, 0, 0, 0, 0, 0, 0, 0]], 100, 20, 25.0)
     with pytest.raises(ValueError, match="largest holds"):

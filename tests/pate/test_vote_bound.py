@@ -34,8 +34,9 @@ from monai_privacy.accounting import (
 from monai_privacy.accounting.accountants import rdp_curve
 from monai_privacy.accounting.divergences import ORDERS
 from monai_privacy.accounting.ledger import PrivacyLedger
+from monai_privacy.accounting.ledger_file import LedgerError
 from monai_privacy.accounting.vote_costs import gnmax_log_q, gnmax_rdp, threshold_log_probability, threshold_rdp
-from monai_privacy.accounting.vote_sensitivity import smooth_release_rdp
+from monai_privacy.accounting.vote_sensitivity import smooth_release_limit, smooth_release_rdp
 from monai_privacy.mechanisms.confident_voting import ConfidentGNMax, InteractiveGNMax
 from monai_privacy.mechanisms.noise import InsecureNoise
 from monai_privacy.mechanisms.voting import GNMax, LNMax
@@ -195,8 +196,8 @@ def test_what_the_ledger_has_is_what_the_release_costs():
     bounds = epsilon_bounds(smooth_release_event(beta=0.02, noise_multiplier=6.0), DELTA)
     assert bounds.pld == math.inf
     assert bounds.epsilon == bounds.rdp > epsilon(gaussian_event(6.0), DELTA)
-    # Nothing is known from 1 / (2 beta) = 25 on.
-    assert np.isfinite(curve).tolist() == [order < 25 for order in ORDERS]
+    # Infinite from 1 / (1 - e^(-2 beta)) = 25.5 on.
+    assert np.isfinite(curve).tolist() == [order < 25.5 for order in ORDERS]
 
 
 def test_charged_before_it_is_drawn_and_whoever_is_interrupted_pays_again(tmp_path):
@@ -230,7 +231,9 @@ def test_whatever_the_noise_it_is_between_nothing_and_what_holds_for_all_votes()
 def test_a_question_without_its_answer_counts(tmp_path, monkeypatch):
     book = PrivacyLedger(tmp_path / "ledger.jsonl")
     answers = tmp_path / "answers.jsonl"
-    one = VoteLabeller(CONFIDENT, book, answers=answers, num_teachers=TEACHERS, max_queries=300, delta=DELTA)
+    # Seven standard deviations from the threshold: every question passes.
+    sure = ConfidentGNMax(60, 25.0, 25.0)
+    one = VoteLabeller(sure, book, answers=answers, num_teachers=TEACHERS, max_queries=300, delta=DELTA)
     one.label(QUERIES[:299], VOTES[:299])
     with monkeypatch.context() as patched:
         patched.setattr(ConfidentGNMax, "answer", lambda *_: stop())
@@ -240,6 +243,55 @@ def test_a_question_without_its_answer_counts(tmp_path, monkeypatch):
     fewer = (QUERIES[:299], VOTES[:299], book, answers, output)
     assert_refused(book, output, fewer, "300 queries were asked, of which 299", agreement=0.97)
     release_vote_bound(QUERIES, VOTES, book, answers, output, agreement=0.97)
+
+
+def test_another_ledger_or_an_older_copy_of_either_file(tmp_path):
+    _, given_ = answered(tmp_path)
+    queries, votes, _, answers, output = given_
+    other = PrivacyLedger(tmp_path / "other.jsonl")
+    with pytest.raises(LedgerError, match="another ledger"):
+        release_vote_bound(queries, votes, other, answers, output, agreement=0.97)
+    assert other.entries == ()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    release_vote_bound(*given_, agreement=0.97)
+    output.unlink()
+    after = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def put_back(name):
+        for path, contents in after.items():
+            path.write_bytes(before[path] if path.name.startswith(name) else contents)
+
+    put_back("ledger")
+    with pytest.raises(LedgerError, match="has no entry"):
+        release_vote_bound(queries, votes, PrivacyLedger(tmp_path / "ledger.jsonl"), answers, output, agreement=0.97)
+    put_back("answers")
+    with pytest.raises(LedgerError, match="older copy"):
+        release_vote_bound(queries, votes, PrivacyLedger(tmp_path / "ledger.jsonl"), answers, output, agreement=0.97)
+    assert not output.exists()
+
+
+def test_questions_with_another_threshold_than_that_on_file(tmp_path):
+    book, given_ = answered(tmp_path, CONFIDENT)
+    settings = {"answers": given_[3], "num_teachers": TEACHERS, "max_queries": 300, "delta": DELTA}
+    one = VoteLabeller(ConfidentGNMax(200, 60.0, 25.0), book, **settings | {"answers": tmp_path / "more.jsonl"})
+    one.label(QUERIES[:2], VOTES[:2], mechanism=ConfidentGNMax(245, 60.0, 25.0))
+    entries = book.entries
+    with pytest.raises(ValueError, match="another threshold than 200"):
+        release_vote_bound(QUERIES[:2], VOTES[:2], book, tmp_path / "more.jsonl", tmp_path / "b.json", agreement=0.97)
+    assert book.entries == entries
+
+
+def test_a_plan_for_an_adaptive_budget_is_finite_at_its_order(tmp_path):
+    book = PrivacyLedger.register(
+        tmp_path / "ledger.jsonl", cohort="Lungs", budget=PrivacyBudget(9.0, DELTA), adaptive=True
+    )
+    settings = {"answers": tmp_path / "answers.jsonl", "num_teachers": TEACHERS, "max_queries": 300, "delta": DELTA}
+    VoteLabeller(GNMax(20.0), book, **settings).label(QUERIES, VOTES)
+    found = release_vote_bound(QUERIES, VOTES, book, tmp_path / "answers.jsonl", tmp_path / "b.json", agreement=0.97)
+    assert found.plan.beta < smooth_release_limit(book.cohort.filter_order)
+    free = {"num_teachers": TEACHERS, "num_queries": 300, "num_classes": 2, "delta": DELTA}
+    assert plan_vote_bound(GNMax(20.0), **free, filter_order=63.0).beta < smooth_release_limit(63.0)
+    assert plan_vote_bound(GNMax(20.0), **free).beta > smooth_release_limit(63.0)
 
 
 def assert_refused(book, output, given_, match, error=ValueError, **options):
@@ -260,6 +312,9 @@ def test_refused_and_nothing_charged(tmp_path):
     assert_refused(book, output, (queries, votes[1:], book, answers, output), "each once", agreement=0.97)
     other = (queries, votes + 1, book, answers, output)
     assert_refused(book, output, other, "counts below 0 or above|do not add up", agreement=0.97)
+    assert_refused(book, output, given_, "other teachers", agreement=0.97, teachers="others")
+    nowhere = (*given_[:4], tmp_path / "no" / "b.json")
+    assert_refused(book, nowhere[-1], nowhere, "folder that exists", agreement=0.97)
     nowhere = (queries, votes, book, tmp_path / "none.jsonl", output)
     assert_refused(book, output, nowhere, "does not exist", agreement=0.97)
 
@@ -322,6 +377,8 @@ def test_the_plan_looks_at_no_vote_and_finds_the_best_of_its_grid():
     assert found.expected_epsilon < plan_vote_bound(GNMax(20.0), **settings, agreement=0.9).expected_epsilon
     with pytest.raises(ValueError, match="conditions C5 and C6"):
         plan_vote_bound(GNMax(0.5), **settings)
-    with pytest.raises(ValueError, match="between 1 and"):
-        VoteBoundPlan(8.0, 0.0625, 6.0, 4.0, DELTA)
+    with pytest.raises(ValueError, match="the bound jumps"):
+        private_vote_cost(VoteBoundPlan(1.5, 0.02, 6.0, 4.0, DELTA), GNMax(0.519), torch.tensor([[21, 19]]), 40)
+    with pytest.raises(ValueError, match="Choose a smaller beta"):
+        VoteBoundPlan(8.0, 0.067, 6.0, 4.0, DELTA)
     assert PrivateVoteCost(1.0, 2.0).rdp == 1.0
