@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from monai_privacy.mechanisms.randomness import cuda_devices_of, fresh_randomness
+
 _ROWS = 4
 # The same kernel on rows of the same shape repeats itself but for rounding; real coupling is far above this.
 _TOLERANCE = 1e-3
@@ -84,8 +86,6 @@ def _perturbed(inputs: Tensor, targets: Tensor) -> Iterator[tuple[int, Tensor, T
 
 
 def _repeatable(row_losses: Callable[[Tensor, Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-    devices = [inputs.device] if inputs.device.type == "cuda" else []
-    # Dropout must fall alike in each call; outside the fork the user's random state does not move.
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+    # Dropout must fall alike in each call; outside the user's random state does not move.
+    with fresh_randomness(0, cuda_devices=cuda_devices_of(inputs)):
         return row_losses(inputs.clone(), targets.clone()).double()

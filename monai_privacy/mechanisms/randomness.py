@@ -20,6 +20,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
 
 SeedSource = Callable[[], int]
 
@@ -53,10 +54,14 @@ def fresh_randomness(seed: int, *, cuda_devices: tuple[int, ...] = ()) -> Iterat
     """
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     cuda_states = [torch.cuda.get_rng_state(device) for device in cuda_devices]
+    # Not torch.manual_seed: where there is no GPU it keeps a trace of each call for the day when there is one.
     torch.default_generator.manual_seed(seed)
     for device in cuda_devices:
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+    apple_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    if apple_state is not None:
+        torch.mps.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
     try:
@@ -67,3 +72,10 @@ def fresh_randomness(seed: int, *, cuda_devices: tuple[int, ...] = ()) -> Iterat
         random.setstate(python_state)
         for device, state in zip(cuda_devices, cuda_states, strict=True):
             torch.cuda.set_rng_state(state, device)
+        if apple_state is not None:
+            torch.mps.set_rng_state(apple_state)
+
+
+def cuda_devices_of(tensor: Tensor) -> tuple[int, ...]:
+    """The device of ``tensor`` as :func:`fresh_randomness` takes it: its number where it is a GPU's, nothing otherwise."""
+    return (torch.device(tensor.device).index or 0,) if tensor.device.type == "cuda" else ()

@@ -155,9 +155,7 @@ def test_at_low_orders_the_bound_jumps_and_that_is_said():
     fewer, here, more = (gnmax_rdp(gnmax_log_q([[yes, 40 - yes]], 0.6), 0.6, [1.5])[0, 0] for yes in (21, 22, 23))
     assert max(abs(here - fewer), abs(here - more)) > 2.8 * gnmax_local_sensitivity([[22, 18]], 40, 0.6, 1.5)[0, 0]
     assert not gnmax_bound_is_continuous(0.6, 1.5)
-    assert all(
-        gnmax_bound_is_continuous(noise, order) for noise in (5.0, 20.0, 300.0) for order in (3.0, 8.0, 16.0)
-    )
+    assert all(gnmax_bound_is_continuous(noise, order) for noise in (5.0, 20.0, 300.0) for order in (3.0, 8.0, 16.0))
 
 
 @given(st.floats(1.05, 100), st.floats(0.01, 0.999), st.floats(1, 100), st.floats(-1, 1), st.floats(0, 1))

@@ -25,6 +25,7 @@ from monai_privacy.mechanisms.clipping.materials import Material
 from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
 from monai_privacy.mechanisms.clipping.units import Units
 from monai_privacy.mechanisms.probe import synthetic_rows, synthetic_targets
+from monai_privacy.mechanisms.randomness import cuda_devices_of, fresh_randomness
 
 _FEWEST_ROWS = 2
 _MOST_ROWS = 32
@@ -228,10 +229,8 @@ def _run(
     probe.without_dropout = still
     mode = Interception(parameters, probe)
     # Dropout falls alike in each run; outside the fork the user's random state does not move.
-    with torch.random.fork_rng(devices=[inputs.device] if inputs.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        with mode:
-            losses = row_losses(inputs, targets)
+    with fresh_randomness(seed, cuda_devices=cuda_devices_of(inputs)), mode:
+        losses = row_losses(inputs, targets)
     return probe, mode, losses
 
 
