@@ -22,6 +22,7 @@ from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.engines.workflow import Workflow
+from monai.handlers import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer
@@ -226,7 +227,9 @@ class DPSupervisedTrainer(SupervisedTrainer):
             PrivacyBudgetError: where not even one step fits the plan and the budget; nothing is released.
         """
         # Refused before the engine starts: on an error inside it, a CheckpointSaver(save_final=True) would write the
-        # untrained network over a model.
+        # untrained network over a model. A run that is resumed when the engine starts has its steps reserved already.
+        for loader in self._checkpoint_loaders():
+            loader(self)
         if self.ledger_entry is None:
             steps = self._conduct.require_room()
             if steps < self.plan.steps:
@@ -245,6 +248,12 @@ class DPSupervisedTrainer(SupervisedTrainer):
         Workflow.run(self)
         # Not where it raised: a crash keeps the reservation, so that the run can be resumed.
         self.end_ledger_entry()
+
+    def _checkpoint_loaders(self) -> list[CheckpointLoader]:
+        """The handlers that will load this trainer's own state as soon as the engine starts."""
+        started = [handler for handler, _, _ in self._event_handlers[Events.STARTED]]
+        loaders = [handler for handler in started if isinstance(handler, CheckpointLoader)]
+        return [loader for loader in loaders if any(value is self for value in loader.load_dict.values())]
 
     def end_ledger_entry(self) -> None:
         """Commit the ledger entry of a run that has ended; ``run`` does so itself, and the report's handler before it."""

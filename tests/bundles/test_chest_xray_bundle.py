@@ -298,7 +298,8 @@ class StopAt:
 
 
 def test_a_resumed_training_continues_its_ledger_entry(data, tmp_path):
-    values = overrides(data, tmp_path, epochs=3, **private_overrides())
+    # Calibrated, so that its own reservation leaves no room for another run.
+    values = overrides(data, tmp_path, epochs=3, epsilon=TARGET_EPSILON, delta=DELTA)
     with pytest.raises(KeyboardInterrupt):
         train_bundle([TRAIN, OVERLAY], values, handlers=[StopAt(iteration=6)])
     ledger = PrivacyLedger(tmp_path / "ledger.jsonl")
