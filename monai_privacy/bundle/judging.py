@@ -142,27 +142,35 @@ def judge_network(config: BundleConfig, trainer: Node, request: PrivacyRequest) 
     converted = [problem for problem in problems if problem.kind in _CONVERTED]
     count = sum(p.numel() for p in network.parameters() if p.requires_grad)
     if converted:
-        yield _conversion(definition, len(converted), request)
+        what, remedy = _conversion(len(converted), request)
+        yield Finding("changed", where, what, remedy, conversion(definition, request), network=True)
     elif not problems:
         yield Finding(
             "private", where, f"{type(network).__name__}, {count:,} trained parameters: no layer mixes patients"
         )
 
 
-def _conversion(definition: Node, layers: int, request: PrivacyRequest) -> Finding:
+def conversion(definition: Node, request: PrivacyRequest) -> dict[str, Any]:
+    """Config ids and values that make a network without batch norm in the place of one with."""
     changed: dict[str, Any] = {"_target_": _CONVERSION, "network": copy.deepcopy(definition.value)}
     if request.batch_norm == "fold":
         changed |= {
             "method": "fold", "public_weights": str(request.public_weights), "statistics_are_public": True
         }  # fmt: skip
+    return {definition.id: changed}
+
+
+def _conversion(layers: int, request: PrivacyRequest) -> tuple[str, str]:
+    """What becomes of the batch norms, and what else could."""
+    if request.batch_norm == "fold":
         what = (
             f"{layers} batch norms keep what they learnt, as fixed scales: you declare that their statistics are public"
         )
-        remedy = ""
-    else:
-        what = f"{layers} batch norms, which mix patients and keep their statistics, become group norms"
-        remedy = "Pretrained weights are kept with --batch-norm fold --public-weights FILE, if their data are public"
-    return Finding("changed", definition.id, what, remedy, {definition.id: changed}, network=True)
+        return what, ""
+    return (
+        f"{layers} batch norms, which mix patients and keep their statistics, become group norms",
+        "Pretrained weights are kept with --batch-norm fold --public-weights FILE, if their data are public",
+    )
 
 
 def _names_data_parallel(config: BundleConfig, trainer: Node) -> bool:

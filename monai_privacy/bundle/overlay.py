@@ -24,9 +24,10 @@ import yaml
 from monai.data import Dataset
 
 from monai_privacy.bundle.findings import Finding, PrivacyRequest
-from monai_privacy.bundle.judging import judge_data, judge_handlers, judge_network, judge_trainer
+from monai_privacy.bundle.judging import conversion, judge_data, judge_handlers, judge_network, judge_trainer
 from monai_privacy.bundle.programs import judge_programs, unknown_statements
 from monai_privacy.bundle.reading import BundleConfig, Node
+from monai_privacy.bundle.serving import judge_serving
 from monai_privacy.data import units_of
 from monai_privacy.engines import DPSupervisedTrainer
 
@@ -88,9 +89,18 @@ def plan_bundle(config: BundleConfig, request: PrivacyRequest) -> BundlePlan:
     findings += patients
     folder = _judge_folder(config, trainer)
     findings += folder
+    converted = any(finding.network for finding in findings)
+    serving = judge_serving(
+        config,
+        config.network_definition(trainer.argument("network"), f"{trainer.id}#network"),
+        (lambda node: conversion(node, request)) if converted else None,
+        _saving_folders(config, trainer),
+    )
     epochs, bad_epochs = _epochs(config, trainer)
     findings += bad_epochs
-    network = {place: value for finding in findings if finding.network for place, value in finding.changes.items()}
+    network = {
+        place: value for finding in (*serving, *findings) if finding.network for place, value in finding.changes.items()
+    }
     training: dict[str, Any] = {}
     if num_patients is not None and epochs is not None:
         training |= _numbers(config, trainer, request, num_patients)
@@ -100,7 +110,7 @@ def plan_bundle(config: BundleConfig, request: PrivacyRequest) -> BundlePlan:
     changes = {place: value for finding in findings for place, value in finding.changes.items()}
     training |= dict(sorted(changes.items(), key=lambda item: item[0].count("#")))
     network |= {place: value for finding in folder for place, value in finding.changes.items() if "#" not in place}
-    return BundlePlan(tuple(findings), training, network)
+    return BundlePlan((*findings, *serving), training, network)
 
 
 def require_private(plan: BundlePlan) -> None:
@@ -148,13 +158,16 @@ def _numbers(config: BundleConfig, trainer: Node, request: PrivacyRequest, num_p
     # Beside the patients' data, and never where a run from another folder would begin a new one.
     beside = "$@dataset_dir + '/ledger.jsonl'" if config.get("dataset_dir") is not None else None
     ledger = request.ledger or beside or str((config.root / "ledger.jsonl").resolve())
+    # At the top, where --epsilon sets them: MONAI would take that option without a word if nothing referred to it.
+    numbers = {
+        "epsilon": request.epsilon, "delta": delta, "expected_batch_size": size, "max_grad_norm": request.max_grad_norm
+    }  # fmt: skip
+    top = {name: value for name, value in numbers.items() if name not in config.content}
     privacy = {
-        "epsilon": request.epsilon,
-        "delta": delta,
+        **numbers,
+        **{name: f"@{name}" for name in top},
         "unit": request.unit,
         "num_patients": num_patients,
-        "expected_batch_size": size,
-        "max_grad_norm": request.max_grad_norm,
         "ledger_file": ledger,
         "plan": {
             "_target_": "monai_privacy.plan.calibrated_plan",
@@ -187,7 +200,7 @@ def _numbers(config: BundleConfig, trainer: Node, request: PrivacyRequest, num_p
     attach = f"$[handler.attach(@{trainer.id}) for handler in @{_ROOT}#handlers]"
     start = config.get("initialize")
     begin = {"+initialize": [attach]} if start is None or isinstance(start, list) else {"initialize": [start, attach]}
-    return {_ROOT: privacy} | {f"{trainer.id}#{name}": value for name, value in arguments.items()} | begin
+    return top | {_ROOT: privacy} | {f"{trainer.id}#{name}": value for name, value in arguments.items()} | begin
 
 
 def _epochs(config: BundleConfig, trainer: Node) -> tuple[int | None, list[Finding]]:

@@ -128,6 +128,22 @@ class BundleConfig:
         """Every component whose name says that it measures."""
         return [node for node in _walk(self.content) if node.target.endswith("Evaluator")]
 
+    def nodes(self) -> list[Node]:
+        """Every component."""
+        return list(_walk(self.content))
+
+    def texts(self) -> Iterator[str]:
+        """Every text, expressions and references among them."""
+        waiting: list[Any] = [self.content]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, Mapping):
+                waiting += value.values()
+            elif isinstance(value, list):
+                waiting += value
+
     def located(self, node: Node) -> Any:
         """The class or function of a component, None where it cannot be found."""
         target = node.value.get("_target_") if isinstance(node.value, Mapping) else None

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ import torch
 import yaml
 from command_line import assert_one_line, call
 from monai.bundle import ConfigWorkflow, ckpt_export, create_workflow
+from monai.networks.nets import DenseNet
 from third_party import IMAGES_EACH, PATIENTS, SIDE, flat, nested, pretrained, write_bundle
 from typer.testing import CliRunner
 
@@ -105,6 +107,70 @@ def test_the_private_network_serves_inference_and_export(tmp_path):
         config_file=[str(root / "configs" / "inference.json"), str(network)],
     )
     assert torch.jit.load(str(root / "model.ts"))(torch.zeros(1, 1, SIDE, SIDE)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+@pytest.mark.parametrize("loads", ["loader", "expression"])
+def test_inference_under_other_names_takes_the_private_network(tmp_path, norm, loads):
+    root = write_bundle(tmp_path / "bundle", change=lambda config: config["network_def"].update(norm=norm))
+    inference = root / "configs" / "inference.json"
+    config = json.loads(inference.read_text(encoding="utf-8"))
+    del config["ckpt_dir"]
+    config |= {
+        "net": config.pop("network_def") | {"norm": norm},
+        "network": "$@net.to(@device)",
+        "weights": "$@bundle_root + '/models/model.pt'",
+    }
+    if loads == "loader":
+        config["handlers"][0]["load_path"] = "@weights"
+    else:
+        config["handlers"] = []
+        config["run"].insert(0, "$@network.load_state_dict(torch.load(@weights, weights_only=True))")
+    inference.write_text(json.dumps(config), encoding="utf-8")
+    # The network that the bundle came with lies where inference looks for it.
+    with_norm = {**json.loads((root / "configs" / "train.json").read_text(encoding="utf-8"))["network_def"]}
+    del with_norm["_target_"]
+    (root / "models").mkdir()
+    torch.save(DenseNet(**with_norm).state_dict(), root / "models" / "model.pt")
+    overlay, network = overlays(root)
+    run(root / "configs" / "train.json", overlay)
+    loaded = run(inference, network, kind="infer").parser.get_parsed_content("network").state_dict()
+    saved = torch.load(root / "models" / "private" / "model.pt", weights_only=True)
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[key], saved[key]) for key in saved)
+
+
+def test_inference_that_does_not_show_what_it_loads_is_noted(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    inference = root / "configs" / "inference.json"
+    config = json.loads(inference.read_text(encoding="utf-8"))
+    assert not says(verdicts(root), "noted", "inference.json")
+    elsewhere = copy.deepcopy(config)
+    elsewhere["handlers"][0]["load_path"] = "/elsewhere/model.pt"
+    inference.write_text(json.dumps(elsewhere), encoding="utf-8")
+    assert says(verdicts(root), "noted", "inference.json loads '/elsewhere/model.pt'", "without privacy")
+    inference.write_text(json.dumps(config | {"handlers": []}), encoding="utf-8")
+    assert says(verdicts(root), "noted", "inference.json does not show which network", "without privacy")
+
+
+def test_options_of_the_command_line_reach_the_plan(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    overlay, _ = overlays(root)
+    for name in ("epsilon", "privacy#epsilon"):
+        made = ConfigWorkflow(
+            [str(root / "configs" / "train.json"), str(overlay)],
+            workflow_type="train",
+            logging_file=False,
+            **{name: 1.5},
+        )
+        made.parser.parse()
+        assert made.parser.get_parsed_content("privacy#ledger").budget.epsilon == 1.5
+        assert made.parser.get_parsed_content("privacy#plan").epsilon() <= 1.5
+    root = write_bundle(tmp_path / "other", change=lambda config: config.update(epsilon=1e-8))
+    overlay, _ = overlays(root)
+    written = json.loads(overlay.read_text(encoding="utf-8"))
+    assert "epsilon" not in written
+    assert written["privacy"]["epsilon"] == 8.0
 
 
 def test_pretrained_batch_norms_keep_what_they_learnt(tmp_path):
@@ -237,8 +303,8 @@ def test_data_that_are_elsewhere_need_their_number(tmp_path):
     assert says(found, "noted", "cannot be read here")
     assert not {"refused", "asked"} & set(found)
     overlay, _ = overlays(root, num_patients=500)
-    numbers = json.loads(overlay.read_text(encoding="utf-8"))["privacy"]
-    assert (numbers["num_patients"], numbers["expected_batch_size"]) == (500, 125)
+    written = json.loads(overlay.read_text(encoding="utf-8"))
+    assert (written["privacy"]["num_patients"], written["expected_batch_size"]) == (500, 125)
 
 
 def test_class_weights_and_fixed_statistics_are_assumptions(tmp_path):

@@ -1,0 +1,119 @@
+# Copyright (c) monai_privacy contributors
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#     http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The configs beside a training's that use its network: where they make it, and which file they load it from."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from monai_privacy.bundle.findings import Finding
+from monai_privacy.bundle.reading import BundleConfig, Node, read_bundle, references
+
+__all__ = ["judge_serving"]
+
+_OTHERS = ("metadata", "logging", "privacy", "multi_gpu", "mgpu")
+_LOADED = re.compile(r"torch\.load\(\s*@(\w+(?:(?:#|::)\w+)*)")
+_FILE = re.compile(r"/(?P<file>[^/'\"\s]+\.(?:pt|pth))(?P<end>['\"]?)$")
+
+
+def judge_serving(
+    config: BundleConfig,
+    definition: Node,
+    convert: Callable[[Node], Mapping[str, Any]] | None,
+    folders: Mapping[str, Any],
+) -> list[Finding]:
+    """What has to change in the configs of evaluation and inference, so that they use the private network.
+
+    Args:
+        config: of the training.
+        definition: where it makes its network.
+        convert: gives the changes that make a network the converted one; None where the network stays as it is.
+        folders: config ids of the folders that the training saves networks in, and what stands there.
+
+    Returns:
+        Findings whose changes belong after those configs, and a note on each that does not show what it loads.
+    """
+    found = []
+    for path in sorted(config.files[0].parent.iterdir()):
+        if path.suffix in (".json", ".yaml", ".yml") and not path.stem.startswith(_OTHERS) and path not in config.files:
+            try:
+                own = read_bundle([path])
+                whole = own if _is_whole(own) else read_bundle([*config.files, path])
+            except ValueError:
+                continue  # no config
+            if not whole.trainers() or whole is not own:
+                found += list(_judge(path, own, whole, config, definition, convert, folders))
+    return found
+
+
+def _judge(
+    path: Path,
+    own: BundleConfig,
+    whole: BundleConfig,
+    training: BundleConfig,
+    definition: Node,
+    convert: Callable[[Node], Mapping[str, Any]] | None,
+    folders: Mapping[str, Any],
+) -> Iterator[Finding]:
+    name = path.name
+    networks = [node for node in own.nodes() if node.target and node.target == definition.target]
+    for node in networks:
+        if convert is not None and node.id != definition.id:
+            yield Finding("changed", node.id, f"{name} makes the network here, which is converted as in training",
+                          changes=convert(node), network=True)  # fmt: skip
+    loaded = list(_loaded(own, whole))
+    for node in loaded:
+        if any(reference in folders for reference in references(str(node.value))):
+            continue  # the folder itself is another one
+        private = _private(node, whole, training, folders)
+        if private is None:
+            yield Finding("noted", node.id, f"{name} loads {node.value!r} here, which may be a network without privacy",
+                          "Name the checkpoint of the private training after it")  # fmt: skip
+        else:
+            yield Finding("changed", node.id, f"{name} loads the private network", changes={node.id: private},
+                          network=True)  # fmt: skip
+    if whole is own and not (networks and loaded):
+        yield Finding("noted", "", f"{name} does not show which network it uses, or which file it loads: it may be one "
+                      "without privacy", "Name the private network's checkpoint after it")  # fmt: skip
+
+
+def _loaded(own: BundleConfig, whole: BundleConfig) -> Iterator[Node]:
+    """Where it stands which files networks are loaded from."""
+    for node in own.nodes():
+        if node.target == "CheckpointLoader":
+            yield whole.argument(node, "load_path")
+    for text in own.texts():
+        for match in _LOADED.finditer(text):
+            yield whole.follow(f"@{match[1]}")
+
+
+def _private(node: Node, whole: BundleConfig, training: BundleConfig, folders: Mapping[str, Any]) -> str | None:
+    """The same file in the folder of private networks; None where it is not known to be one of the training's."""
+    if not isinstance(node.value, str) or _FILE.search(node.value) is None or not node.id:
+        return None
+    try:
+        (file,) = whole.evaluated(node.id)
+        saved = [str(training.evaluated(place)[0]) for place in folders]
+    except Exception:  # whatever the bundle's own code raises
+        return None
+    if os.path.normpath(os.path.dirname(str(file))) not in map(os.path.normpath, saved):
+        return None
+    return _FILE.sub(r"/private/\g<file>\g<end>", node.value)
+
+
+def _is_whole(config: BundleConfig) -> bool:
+    """Whether a config can be used without those of the training before it."""
+    return all(config.get(place) is not None for text in config.texts() for place in references(text))
