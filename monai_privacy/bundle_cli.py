@@ -25,6 +25,7 @@ from monai_privacy.ledger_cli import NO
 if TYPE_CHECKING:  # torch and MONAI take seconds to import, which the other commands need not wait for
     from monai_privacy.bundle import BundleConfig, BundlePlan
 
+_ALREADY = "this training is private already, by the numbers of its own plan"
 _HEADINGS = {
     "refused": "cannot be made private",
     "asked": "only you know",
@@ -146,6 +147,9 @@ def overlay(
     print(f"\npython -m monai.bundle run --config_file \"['{names}']\"")
     if len(paths) > 1:
         print(f"evaluation, inference and ckpt_export: name {paths[1]} after their configs")
+    for one in plan.findings:
+        if one.network and one.verdict == "noted":
+            print(f"{one.where or 'bundle'}: {one.what}. {one.remedy}.")
 
 
 def _planned(bundle: list[Path], **wishes: Any) -> tuple[BundleConfig, BundlePlan]:
@@ -170,11 +174,11 @@ def _print_findings(plan: BundlePlan, *, as_json: bool) -> None:
         if found:
             console.print(f"[bold]{heading}[/bold]")
         for finding in found:
-            remedy = f". {finding.remedy}." if finding.remedy else ""
+            remedy = f". {finding.remedy.rstrip('.')}." if finding.remedy else ""
             console.print(escape(f"  {finding.where or 'bundle'}: {finding.what}{remedy}"))
     number = len(plan.obstacles)
     console.print(
-        "An overlay makes this training private: python -m monai_privacy overlay"
+        ("An overlay makes this training private: python -m monai_privacy overlay" if plan.training else _ALREADY)
         if number == 0
         else f"{number} {'thing keeps' if number == 1 else 'things keep'} this training from being private by an overlay"
     )

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -240,6 +241,11 @@ class DPSupervisedTrainer(SupervisedTrainer):
         else:
             self._conduct.begin_or_continue(self.ledger_entry, self.state.iteration)
             self._conduct.require_steps_left(self.ledger_entry)
+        if self.logger.isEnabledFor(logging.INFO):
+            self.logger.info(
+                f"Private training: {self.plan.steps} steps are planned, which cost ε = {self.plan.epsilon():.4g} at δ = "
+                f"{self.plan.delta:g} for one {self.plan.unit}, besides what the ledger holds."
+            )
         # Not Trainer.run: it makes a gradient scaler for amp, and scaled gradients would all be clipped.
         self.scaler = None
         self._stopping = False

@@ -440,7 +440,7 @@ class PrivacyLedger:
         fewest = entry.planned_steps if fewest_steps is None else checked_count("fewest_steps", fewest_steps)
         granted = self._state.steps_within_budget(entry)
         if granted < min(fewest, entry.planned_steps):
-            raise PrivacyBudgetError(messages.spent(self.path, self.budget, entry, granted))
+            raise PrivacyBudgetError(messages.spent(self.path, self.budget, entry, granted, self._state.entries))
         return granted
 
     def require_members(self, entry_id: str, ids: Iterable[str], partition: int | None) -> None:

@@ -14,12 +14,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from monai_privacy.accounting.ledger_state import LedgerEntry
 from monai_privacy.accounting.values import PrivacyBudget
 
 
-def spent(path: object, budget: PrivacyBudget | None, entry: LedgerEntry, granted: int) -> str:
-    """Where a run needs more steps than the budget has room for."""
+def spent(
+    path: object, budget: PrivacyBudget | None, entry: LedgerEntry, granted: int, others: Sequence[LedgerEntry] = ()
+) -> str:
+    """Where a run needs more steps than the budget has room for, beside other runs."""
+    waiting = [one.entry_id[:8] for one in others if one.state == "reserved" and one.steps_left]
+    freed = (
+        f" Steps are reserved for {', '.join(waiting)}: resume that run, or free them by 'ledger commit' if it is over."
+        if waiting
+        else ""
+    )
     if entry.not_private:
         return (
             f"the run is not private ({'; '.join(entry.not_private)}), so it does not fit the budget {say(budget)} of "
@@ -29,11 +39,11 @@ def spent(path: object, budget: PrivacyBudget | None, entry: LedgerEntry, grante
         return (
             f"the budget {say(budget)} of {path} has room for {granted} of {entry.planned_steps} steps beside what was "
             "released and reserved before, so nothing was reserved. Plan so many steps, or more noise (see "
-            "'ledger what-if'), or set fewest_steps."
+            f"'ledger what-if'), or set fewest_steps.{freed}"
         )
     return (
         f"the budget {say(budget)} of {path} is spent or reserved: the next step does not fit, so nothing was released. "
-        "Ask the cohort's data steward; a new ledger for the same patients would hide what they lost."
+        f"Ask the cohort's data steward; a new ledger for the same patients would hide what they lost.{freed}"
     )
 
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +99,14 @@ class PrivacyRequest:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but it must be {' or '.join(allowed)}.")
         if self.patient_table is not None and self.patient_pattern is not None:
             raise ValueError("patient_table and patient_pattern are both given: which names the patients? Give one.")
+        if self.patient_table is not None and not self.patient_table.is_file():
+            raise ValueError(f"{self.patient_table} is no file: name the CSV that says whose the images are.")
+        try:
+            re.compile(self.patient_pattern or "")
+        except re.error as error:
+            raise ValueError(
+                f"{self.patient_pattern!r} is no regular expression ({error}): correct patient_pattern."
+            ) from error
         if self.batch_norm == "fold" and self.public_weights is None:
             raise ValueError(
                 "batch_norm is 'fold' without public_weights: folded statistics become released weights, and those of "

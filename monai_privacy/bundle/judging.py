@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,7 +156,7 @@ def conversion(definition: Node, request: PrivacyRequest) -> dict[str, Any]:
     changed: dict[str, Any] = {"_target_": _CONVERSION, "network": copy.deepcopy(definition.value)}
     if request.batch_norm == "fold":
         changed |= {
-            "method": "fold", "public_weights": str(request.public_weights), "statistics_are_public": True
+            "method": "fold", "public_weights": os.path.abspath(str(request.public_weights)), "statistics_are_public": True
         }  # fmt: skip
     return {definition.id: changed}
 
@@ -267,6 +268,9 @@ def judge_handlers(config: BundleConfig, trainer: Node) -> Iterator[Finding]:
         elif name in _SHOW_IMAGES:
             yield Finding("changed", handler.id, f"{name} would publish training patients, and is switched off",
                           changes={f"{handler.id}#_disabled_": True})  # fmt: skip
+        elif name == "SmartCacheHandler":
+            yield Finding("changed", handler.id, "SmartCacheHandler has no cache to change where CacheDataset stands in, "
+                          "and is switched off", changes={f"{handler.id}#_disabled_": True})  # fmt: skip
         elif name == "ValidationHandler":
             yield from _judge_validation(config, handler)
         elif name == "CheckpointLoader":

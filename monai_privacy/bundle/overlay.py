@@ -155,6 +155,11 @@ def _numbers(config: BundleConfig, trainer: Node, request: PrivacyRequest, num_p
     if delta is None:
         delta = _USUAL_DELTA if num_patients <= 10_000 else 10.0 ** -(math.ceil(math.log10(num_patients)) + 1)
     size = request.expected_batch_size or max(1, round(_BATCH_SHARE * num_patients))
+    if size > num_patients:
+        raise ValueError(
+            f"expected_batch_size is {size}, but there are {num_patients} {request.unit}s: give a smaller one, a quarter of "
+            "them for a start."
+        )
     # Beside the patients' data, and never where a run from another folder would begin a new one.
     beside = "$@dataset_dir + '/ledger.jsonl'" if config.get("dataset_dir") is not None else None
     ledger = request.ledger or beside or str((config.root / "ledger.jsonl").resolve())
@@ -237,7 +242,8 @@ def _judge_patients(config: BundleConfig, trainer: Node, request: PrivacyRequest
     if request.patient_table is not None or request.patient_pattern is not None:
         named: dict[str, Any] = {"records": copy.deepcopy(dataset.argument("data")), "image_key": request.image_key}
         if request.patient_table is not None:
-            named["table"] = str(request.patient_table)
+            # Whole: the training is begun in another folder.
+            named["table"] = str(request.patient_table.resolve())
         else:
             named["pattern"] = request.patient_pattern
         named |= {} if request.patient_key == "patient_id" else {"patient_key": request.patient_key}

@@ -81,13 +81,13 @@ def _judge(
         private = _private(node, whole, training, folders)
         if private is None:
             yield Finding("noted", node.id, f"{name} loads {node.value!r} here, which may be a network without privacy",
-                          "Name the checkpoint of the private training after it")  # fmt: skip
+                          "Name the checkpoint of the private training after it", network=True)  # fmt: skip
         else:
             yield Finding("changed", node.id, f"{name} loads the private network", changes={node.id: private},
                           network=True)  # fmt: skip
     if whole is own and not (networks and loaded):
         yield Finding("noted", "", f"{name} does not show which network it uses, or which file it loads: it may be one "
-                      "without privacy", "Name the private network's checkpoint after it")  # fmt: skip
+                      "without privacy", "Name the private network's checkpoint after it", network=True)  # fmt: skip
 
 
 def _loaded(own: BundleConfig, whole: BundleConfig) -> Iterator[Node]:

@@ -12,7 +12,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +93,11 @@ class DPConfigWorkflow(ConfigWorkflow):
             name: value for name, value in workflow_kwargs.items() if name.split("#")[0].split("::")[0] == "privacy"
         }
         others = {name: value for name, value in workflow_kwargs.items() if name not in numbers}
+        known = read_bundle([Path(one) for one in ensure_tuple(config_file)]).content
+        for name in others.keys() - known.keys() - set(_NOT_CONFIG):
+            meant = difflib.get_close_matches(name, [one.name for one in fields(PrivacyRequest)], n=1, cutoff=0.8)
+            if meant:
+                raise ValueError(f"{name} is no argument and no config id, and would be ignored: {meant[0]} was meant?")
         super().__init__(config_file=config_file, **others)
         overrides = {name: value for name, value in others.items() if name not in _NOT_CONFIG}
         config = read_bundle([Path(one) for one in ensure_tuple(config_file)], overrides)

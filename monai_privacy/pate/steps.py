@@ -88,6 +88,11 @@ def hospital_votes_of(
     parser.read_config([str(root / name) for name in config_files])
     parser.update({"bundle_root": str(root), **dict(overrides or {})})
     loader, network = parser.get_parsed_content(loader_id), parser.get_parsed_content(network_id)
+    if not len(loader):
+        raise ValueError(
+            f"{', '.join(config_files)} finds no image: correct the folder, or the pattern of the files' names, such as "
+            "--override 'input_pattern=**/*.dcm'."
+        )
     inferer = parser.get_parsed_content(inferer_id) if inferer_id in parser else None
     device = parser.get_parsed_content("device") if "device" in parser else "cpu"
     evaluator = TeacherVoteEvaluator(device, loader, network, teachers, num_classes=num_classes, inferer=inferer)

@@ -84,6 +84,9 @@ def write_shards(
         hospitals=homes,
     )
     root, start = Path(folder), Path(os.path.abspath(base_dir or source.parent))
+    root.mkdir(parents=True, exist_ok=True)
+    # Shards name patients, and the key lies beside them: not for a repository, which "git add" would put them into.
+    (root / ".gitignore").write_text("*\n", encoding="utf-8")
     heading = {name: listed[name] for name in ("name", "synthetic", "unit", "labels") if name in listed}
     for number, rows in enumerate(partition.rows):
         shard = root / f"{number:03d}"

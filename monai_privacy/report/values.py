@@ -152,6 +152,11 @@ class PrivacyReport:
         )
         if self.unit == "image":
             text += " This protects single images: a patient with several images is protected less, or hardly at all."
+        if self.epsilon_reserved is not None and self.epsilon_reserved > self.epsilon:
+            text += (
+                " A run has not ended: what it lets out, or saved, after this report was written may cost up to "
+                f"ε = {rounded_up(self.epsilon_reserved, 2)} together with the rest."
+            )
         return text
 
     @property

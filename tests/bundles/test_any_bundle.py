@@ -28,7 +28,7 @@ from monai.networks.nets import DenseNet
 from third_party import IMAGES_EACH, PATIENTS, SIDE, flat, nested, pretrained, write_bundle
 from typer.testing import CliRunner
 
-from monai_privacy import DPSupervisedTrainer, PrivacyLedger
+from monai_privacy import DPSupervisedTrainer, PrivacyBudgetError, PrivacyLedger
 from monai_privacy.bundle import DPConfigWorkflow, PrivacyRequest, plan_bundle, read_bundle, write_overlays
 from monai_privacy.cli import app
 from monai_privacy.networks import FoldedBatchNorm
@@ -151,6 +151,9 @@ def test_inference_that_does_not_show_what_it_loads_is_noted(tmp_path):
     assert says(verdicts(root), "noted", "inference.json loads '/elsewhere/model.pt'", "without privacy")
     inference.write_text(json.dumps(config | {"handlers": []}), encoding="utf-8")
     assert says(verdicts(root), "noted", "inference.json does not show which network", "without privacy")
+    done = call("overlay", root, "--patient-pattern", PATTERN, "--delta", DELTA)
+    assert done.returncode == 0
+    assert "inference.json does not show which network it uses" in done.stdout.splitlines()[-1]
 
 
 def test_options_of_the_command_line_reach_the_plan(tmp_path):
@@ -597,3 +600,75 @@ def test_a_broken_config_is_named(tmp_path):
     path.write_text(yaml.safe_dump([1, 2]), encoding="utf-8")
     with pytest.raises(ValueError, match=r"train\.yaml"):
         plan_bundle(read_bundle([path]), PrivacyRequest())
+
+
+# ------------------------------------------------------------------ what a newcomer met
+
+
+def test_a_smart_cache_goes_with_its_handler(tmp_path):
+    def smart(config):
+        config["train"]["dataset"] |= {"_target_": "SmartCacheDataset", "replace_rate": 0.5, "cache_num": 4}
+        config["train"]["handlers"].insert(0, {"_target_": "SmartCacheHandler", "smartcacher": "@train#dataset"})
+
+    root = write_bundle(tmp_path / "bundle", change=smart)
+    assert says(verdicts(root), "changed", "SmartCacheHandler has no cache")
+    overlay, _ = overlays(root)
+    run(root / "configs" / "train.json", overlay, max_epochs=1)
+    assert entry_of(root).steps
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        ({"patient_pattern": "x("}, "no regular expression"),
+        ({"patient_pattern": None, "patient_table": Path("nope.csv")}, "is no file"),
+        ({"expected_batch_size": 1000}, "expected_batch_size is 1000, but there are"),
+    ],
+)
+def test_bad_wishes_are_no_secret_of_the_number_of_patients(tmp_path, wishes, message):
+    root = write_bundle(tmp_path / "bundle")
+    with pytest.raises(ValueError, match=message):
+        verdicts(root, num_patients=PATIENTS, **wishes)
+
+
+def test_a_table_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    root = write_bundle(tmp_path / "bundle")
+    images = sorted((root / "data").rglob("*.npy"))
+    lines = [f"{path},{path.name[1:3]}" for path in images]
+    (tmp_path / "table.csv").write_text("file,patient_id\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    overlay, _ = overlays(root, patient_pattern=None, patient_table=Path("table.csv"))
+    assert json.loads(overlay.read_text(encoding="utf-8"))["train#dataset#data"]["table"] == str(tmp_path / "table.csv")
+
+
+def test_an_option_that_is_nearly_one_is_not_ignored(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    with pytest.raises(ValueError, match="epsilom is no argument and no config id, and would be ignored: epsilon"):
+        DPConfigWorkflow(str(root / "configs" / "train.json"), epsilom=1, logging_file=False, **NAMED)
+
+
+def test_a_private_training_says_what_it_will_cost_and_check_that_it_is_private(tmp_path, caplog):
+    root = write_bundle(tmp_path / "bundle")
+    overlay, _ = overlays(root)
+    with caplog.at_level("INFO"):
+        run(root / "configs" / "train.json", overlay)
+    assert "Private training: " in caplog.text
+    assert "which cost ε = 7.99" in caplog.text
+    told = call("check", root / "configs" / "train.json", overlay)
+    assert told.returncode == 0
+    assert told.stdout.splitlines()[-1] == "this training is private already, by the numbers of its own plan"
+
+
+def test_a_budget_that_another_run_holds_is_said_to_be_held(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    overlay, _ = overlays(root)
+    made = ConfigWorkflow(
+        [str(root / "configs" / "train.json"), str(overlay)], workflow_type="train", logging_file=False
+    )
+    made.initialize()
+    trainer = made.parser.get_parsed_content("train#trainer")
+    held = trainer.ledger.reserve(
+        step=trainer.plan.step_event, planned_steps=trainer.plan.steps, delta=DELTA, unit="patient"
+    )
+    with pytest.raises(PrivacyBudgetError, match=f"Steps are reserved for {held[:8]}: resume that run, or free them"):
+        trainer.run()

@@ -142,6 +142,7 @@ def test_the_command_line_from_prepared_images_to_labels(datalist, tmp_path):
     done = call("pate", "partition", datalist, shards, "--teachers", 4, "--json")
     assert json.loads(done.stdout)["teachers"] == 4
     assert (shards / "partition.key").stat().st_mode & 0o077 == 0
+    assert (shards / ".gitignore").read_text(encoding="utf-8") == "*\n"
     done = call(
         "pate", "train-teachers", BUNDLE, shards, teachers, "--config", "configs/train.yaml", "--config",
         "../overlays/pate_teacher.yaml", "--override", "epochs=1", "--override", "device=cpu", "--workers", 2,
@@ -177,6 +178,9 @@ def test_the_command_line_from_prepared_images_to_labels(datalist, tmp_path):
     votes.write_text(json.dumps(text))
     assert_one_line(call(*run, "--epsilon", 1), "do not add up to 4 teachers")
     assert len(TeacherSet.from_folder(teachers)) == 4
+    (tmp_path / "empty").mkdir()
+    nobody = [*asked[:-1], f"dataset_dir={tmp_path / 'empty'}", "--override", "device=cpu"]
+    assert_one_line(call(*nobody), "finds no image")
 
 
 def test_bad_input_gives_one_line(datalist, tmp_path):
