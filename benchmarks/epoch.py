@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="X-rays with patients; SYNTHETIC ones where not given")
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3, help="trainings of each kind, in turns")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -74,13 +76,19 @@ def main() -> None:
         folder = Path(name)
         images = options.data or write_synthetic_chest_xrays(folder / "synthetic", num_patients=900)
         write_datalist(read_chest_xrays(images), folder / "data", seed=0)
-        plain = epochs([ROOT / "configs" / "train.yaml"], folder / "data", folder / "plain", options.epochs)
-        private = epochs(
-            [ROOT / "configs" / "train.yaml", BUNDLES / "overlays" / "dp_sgd.yaml"],
-            folder / "data", folder / "private", options.epochs, epsilon=3.0, ledger_file=str(folder / "ledger.jsonl"),
-        )  # fmt: skip
-    for kind, seconds in (("without privacy", plain), ("private", private)):
-        print(f"{kind:16s} {' '.join(f'{one:.2f}' for one in seconds)}")
+        ratios = []
+        for number in range(options.rounds):
+            plain = epochs([ROOT / "configs" / "train.yaml"], folder / "data", folder / "plain", options.epochs)
+            private = epochs(
+                [ROOT / "configs" / "train.yaml", BUNDLES / "overlays" / "dp_sgd.yaml"],
+                folder / "data", folder / "private", options.epochs, epsilon=3.0,
+                ledger_file=str(folder / f"ledger_{number}.jsonl"),
+            )  # fmt: skip
+            for kind, seconds in (("without privacy", plain), ("private", private)):
+                print(f"{kind:16s} {' '.join(f'{one:.2f}' for one in seconds)}", flush=True)
+            # In the first two the network is probed and methods are tried.
+            ratios.append(statistics.median(private[2:]) / statistics.median(plain[2:]))
+    print(f"private over plain, from the third epoch on: {' '.join(f'{one:.2f}' for one in ratios)}")
 
 
 if __name__ == "__main__":
