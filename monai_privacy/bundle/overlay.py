@@ -16,6 +16,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,16 @@ def _validated(config: BundleConfig, trainer: Node) -> Iterator[Node]:
                 yield dataset
 
 
+def _validated_units(config: BundleConfig, trainer: Node, request: PrivacyRequest) -> set[str]:
+    """Patients whom the training's own validation measures, as far as their records can be read here."""
+    found: set[str] = set()
+    for dataset in _validated(config, trainer):
+        with suppress(Exception):  # whatever the bundle's own code raises; the trainer looks again
+            (records,) = config.evaluated(f"{dataset.id}#data")
+            found |= set(units_of(Dataset(list(records)), unit=request.unit, patient_key=request.patient_key))
+    return found
+
+
 def _judge_patients(config: BundleConfig, trainer: Node, request: PrivacyRequest) -> tuple[list[Finding], int | None]:
     """Who is protected, and how many of them there are."""
     dataset = config.argument(config.argument(trainer, "train_data_loader"), "dataset")
@@ -261,6 +272,12 @@ def _judge_patients(config: BundleConfig, trainer: Node, request: PrivacyRequest
         return [
             Finding("asked", where, f"the records have {len(units)} {request.unit}s, and you say {request.num_patients}",
                     "Correct --num-patients, or leave it out")
+        ], None  # fmt: skip
+    both = units & _validated_units(changed, trainer, request) if request.unit == "patient" else set()
+    if both:
+        return [
+            Finding("asked", where, f"{len(both)} patients are in training and in validation too, which the trainer refuses",
+                    "Divide the images by patient")
         ], None  # fmt: skip
     what = f"{len(records)} records of {len(units)} {request.unit}s; that number becomes public"
     if request.unit == "image":

@@ -538,8 +538,12 @@ def test_statements_that_are_not_known_are_assumptions_of_the_report(tmp_path):
 
 
 def test_validation_on_training_patients_is_refused_where_names_tell_the_patients(tmp_path):
-    root = write_bundle(tmp_path / "bundle", change=lambda c: c.update(val_images="$@images[:4]"))
+    root = write_bundle(tmp_path / "bundle")
     overlay, _ = overlays(root)
+    # Where the overlay was written for other images.
+    train = root / "configs" / "train.json"
+    config = json.loads(train.read_text(encoding="utf-8")) | {"val_images": "$@images[:4]"}
+    train.write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(Exception) as refusal:
         run(root / "configs" / "train.json", overlay)
     assert "both trained on and validated on" in str(refusal.value.__cause__)
@@ -672,3 +676,12 @@ def test_a_budget_that_another_run_holds_is_said_to_be_held(tmp_path):
     )
     with pytest.raises(PrivacyBudgetError, match=f"Steps are reserved for {held[:8]}: resume that run, or free them"):
         trainer.run()
+
+
+def test_patients_who_are_validated_on_as_well_are_seen_before_training(tmp_path):
+    root = write_bundle(
+        tmp_path / "bundle",
+        change=lambda config: config.update(val_images="$sorted(glob.glob(@dataset_dir + '/val/*.npy')) + @images[:2]"),
+    )
+    assert says(verdicts(root), "asked", "1 patients are in training and in validation too", "Divide")
+    assert not says(verdicts(root, unit="image"), "asked", "in validation too")
