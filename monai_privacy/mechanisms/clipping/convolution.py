@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients, squared_norms
+from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients, measured, squared_norms
 from monai_privacy.mechanisms.clipping.operation import (
     Choose,
     Found,
@@ -85,6 +85,7 @@ class ConvolutionRule(OperationRule):
     ) -> Found:
         """See the base class."""
         assert weight is not None
+        gradient = _in_order(gradient)
         grad_x = (
             _backward(gradient, x, weight, None, *self._arguments, (True, False, False))[0] if wanted.input else None
         )
@@ -124,11 +125,11 @@ class ConvolutionRule(OperationRule):
         if gradients_only:
             return methods
         image, output = (gradient, x) if self.transposed else (x, gradient)
-        pixels = math.prod(n + 2 * p for n, p in zip(image.shape[2:], self.padding, strict=True))
+        pixels, phases = self._phase_pixels(image), self._phases(weight, image.shape[2:])
         per_unit = rows / units.number
         gram = rows * (
-            2.0 * per_unit * pixels**2 * image.shape[1]
-            + per_unit * positions**2 * (2.0 * output.shape[1] + self.groups * math.prod(weight.shape[2:]))
+            2.0 * per_unit * math.prod(map(len, phases)) * pixels**2 * image.shape[1]
+            + per_unit * positions**2 * (2.0 * output.shape[1] + self.groups * sum(weight.shape[2:]))
         )
         if gram < 2 * one:
             of_unit = self._gram_bytes(image, output, max(units.counts))
@@ -138,10 +139,9 @@ class ConvolutionRule(OperationRule):
 
     def _gram_bytes(self, image: Tensor, output: Tensor, rows: int) -> int:
         """What the Gram matrices of a unit of so many rows take, about."""
-        pixels = rows * math.prod(n + 2 * p for n, p in zip(image.shape[2:], self.padding, strict=True))
-        positions = rows * math.prod(output.shape[2:])
+        pixels, positions = rows * self._phase_pixels(image), rows * math.prod(output.shape[2:])
         return 8 * (
-            self.groups * (pixels**2 + 2 * positions**2) + pixels * image.shape[1] + positions * output.shape[1]
+            self.groups * (2 * pixels**2 + 2 * positions**2) + pixels * image.shape[1] + positions * output.shape[1]
         )
 
     def _collect(self, name: str, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
@@ -152,12 +152,13 @@ class ConvolutionRule(OperationRule):
         most = self._run_rows(form, x, gradient, weight, units)
         if name == form:
             if most == units.rows:
-                return UnitGradients(self._form(form, x, gradient, weight, units))
-            values, done = weight.new_empty((units.number, *weight.shape), dtype=wide(weight[:0]).dtype), 0
+                return measured(self._form(form, x, gradient, weight, units))
+            values, squares, done = weight.new_empty((units.number, *weight.shape), dtype=wide(weight[:0]).dtype), [], 0
             for rows, run in units.runs(most):
-                self._form(form, x[rows], gradient[rows], weight, run, out=values[done : done + run.number])
+                part = self._form(form, x[rows], gradient[rows], weight, run, out=values[done : done + run.number])
+                squares.append(squared_norms(part))
                 done += run.number
-            return UnitGradients(values)
+            return UnitGradients(values, torch.cat(squares))
         with full_precision(x):
             squares = [
                 squared_norms(self._form(form, wide(x[rows]), wide(gradient[rows]), wide(weight), run))
@@ -242,38 +243,52 @@ class ConvolutionRule(OperationRule):
         """
         # A transposed convolution's weight gradient is that of the convolution it transposes, with x for its output.
         image, output = (gradient, x) if self.transposed else (x, gradient)
-        padding = [p for p in reversed(self.padding) for _ in range(2)]
         squares = torch.zeros(units.number, dtype=torch.float64, device=x.device)
         most = max(1, _GRAM_BYTES // self._gram_bytes(image, output, max(units.counts)))
         for chosen, rows, block in units.blocks(most):
-            # A convolution in a block of its own: the large products of pixels go as soon as they are summed.
-            patches = self._patch_products(functional.pad(image[rows], padding), weight, output, block)
             outputs = _positions(output[rows], block, self.groups)
-            patches *= outputs.transpose(1, 2) @ outputs
+            outputs = outputs.transpose(1, 2) @ outputs
+            inner = squares.new_zeros(len(outputs))
+            for phase in itertools.product(*self._phases(weight, image.shape[2:])):
+                # A call for each phase: the large products of pixels go as soon as they are summed.
+                inner += self._patch_products(image[rows], phase, output.shape[2:], block).mul_(outputs).sum((1, 2))
             # Rounding may leave a zero norm slightly negative.
-            squares[chosen] = patches.flatten(1).sum(1).unflatten(0, (-1, self.groups)).sum(1).clamp_(min=0)
+            squares[chosen] = inner.unflatten(0, (-1, self.groups)).sum(1).clamp_(min=0)
         return self._postponed(squares, x, gradient, weight, units)
 
-    def _patch_products(self, image: Tensor, weight: Tensor, output: Tensor, units: Units) -> Tensor:
-        """(P G, n L, n L) inner products of the patches under each pair of positions."""
-        pixels = _positions(image, units, self.groups)
-        shape = (units.equal or 1, *image.shape[2:])
-        products = (pixels.transpose(1, 2) @ pixels).view(-1, *shape, *shape)
-        size = (units.equal or 1) * math.prod(output.shape[2:])
-        shifts = self._shifts(weight.shape[2:], output.shape[2:])
-        first = next(shifts)
-        patches = products[:, :, *first, :, *first].clone()
-        for shift in shifts:
-            patches += products[:, :, *shift, :, *shift]
-        return patches.reshape(-1, size, size)
+    def _phases(self, weight: Tensor, image: Size) -> list[list[tuple[int, list[int]]]]:
+        """For each dimension, the pixels that some offsets of the kernel see, every stride-th from the first one named.
 
-    def _shifts(self, kernel: Size, output: Size) -> Iterator[tuple[slice, ...]]:
-        """For each offset in the kernel, the pixels that the output's positions see through it."""
-        for offset in itertools.product(*(range(n) for n in kernel)):
-            yield tuple(
-                slice(at * d, at * d + s * (n - 1) + 1, s)
-                for at, d, s, n in zip(offset, self.dilation, self.stride, output, strict=True)
-            )
+        Position l of the output sees pixel l + t of them, t among the shifts. Offsets in different phases see different
+        pixels, so that products of pixels are made within a phase alone.
+        """
+        phases = []
+        for n, kernel, stride, padding, dilation in zip(
+            image, weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
+        ):
+            shifts: dict[int, list[int]] = {}
+            for offset in range(-padding, kernel * dilation - padding, dilation):
+                shifts.setdefault(offset % stride, []).append(offset // stride)
+            phases.append([(first, of_first) for first, of_first in shifts.items() if first < n])
+        return phases
+
+    def _phase_pixels(self, image: Tensor) -> int:
+        """How many pixels a phase has, at most."""
+        return math.prod(-(-n // s) for n, s in zip(image.shape[2:], self.stride, strict=True))
+
+    def _patch_products(
+        self, image: Tensor, phase: tuple[tuple[int, list[int]], ...], output: Size, units: Units
+    ) -> Tensor:
+        """(P G, n L, n L) inner products of the patches under each pair of positions, as far as a phase has them."""
+        seen = [slice(first, None, step) for (first, _), step in zip(phase, self.stride, strict=True)]
+        part = image[(slice(None), slice(None), *seen)]
+        pixels = _positions(part, units, self.groups)
+        shape = (units.equal or 1, *part.shape[2:])
+        products = (pixels.transpose(1, 2) @ pixels).view(-1, *shape, *shape)
+        # A sum over the offsets of one dimension after the other: of 27 offsets it takes nine.
+        for dimension, (_, shifts) in enumerate(phase):
+            products = _shifted(products, 2 + dimension, 3 + dimension + len(phase), shifts, output[dimension])
+        return products.reshape(len(products), -1, (units.equal or 1) * math.prod(output))
 
     def _postponed(self, squares: Tensor, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
         def combine(factors: Tensor, finite: Tensor | None) -> Tensor:
@@ -287,11 +302,35 @@ class ConvolutionRule(OperationRule):
         return Postponed(squares, combine, bounds, (x, gradient))
 
 
+def _in_order(values: Tensor) -> Tensor:
+    """What lies scattered in a larger tensor (as gradients of a concatenation do) copied once, where two products would."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    channels_last = formats.get(values.dim())
+    if channels_last is not None and values.is_contiguous(memory_format=channels_last):
+        return values
+    return values.contiguous()
+
+
 def zeroed(values: Tensor, finite: Tensor | None, units: Units) -> Tensor:
     """(R, ...) values with zeros in the rows of units that are not ``finite``: zero times infinity is not a number."""
     if finite is None:
         return values
     return torch.where(units.spread(finite).view(-1, *[1] * (values.dim() - 1)), values, 0)
+
+
+def _shifted(products: Tensor, one: int, other: int, shifts: Sequence[int], size: int) -> Tensor:
+    """Σ over shifts t of products[i + t, j + t], for i and j below ``size`` in two dimensions; nothing lies outside."""
+    there = products.shape[one]
+    if list(shifts) == [0] and there == size:
+        return products
+    total = products.new_zeros([size if at in (one, other) else n for at, n in enumerate(products.shape)])
+    for shift in shifts:
+        first, last = max(0, -shift), min(size, there - shift)
+        if first < last:
+            into = total.narrow(one, first, last - first).narrow(other, first, last - first)
+            start = first + shift
+            into += products.narrow(one, start, last - first).narrow(other, start, last - first)
+    return total
 
 
 def _positions(values: Tensor, units: Units, groups: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from monai_privacy.mechanisms.clipping.convolution import zeroed
-from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients, squared_norms
+from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients, measured, squared_norms
 from monai_privacy.mechanisms.clipping.operation import (
     Choose,
     Found,
@@ -97,7 +97,7 @@ class LinearRule(OperationRule):
 def _product(x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
     values = weight.new_empty((units.number, *weight.shape), dtype=wide(weight[:0]).dtype)
     unit_products(gradient.transpose(1, 2), x, units, values)
-    return UnitGradients(values)
+    return measured(values)
 
 
 def _gram(x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:

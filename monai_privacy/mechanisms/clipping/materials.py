@@ -36,13 +36,15 @@ class UnitGradients:
 
     Args:
         values: (P, *shape of the parameter).
+        squares: (P,) float64, where they are known already.
     """
 
     values: Tensor
+    squares: Tensor | None = None
 
     def squared_norms(self) -> Tensor:
         """(P,) float64."""
-        return squared_norms(self.values)
+        return squared_norms(self.values) if self.squares is None else self.squares
 
     def weighted_sum(self, factors: Tensor, finite: Tensor | None) -> Tensor:
         """Σ over units of factor times gradient, units that are not ``finite`` left out; None where all are."""
@@ -132,6 +134,14 @@ def squared_norms(values: Tensor) -> Tensor:
     if whole < size:
         parts = parts + torch.linalg.vector_norm(flat[:, whole:].float(), dim=1).double().square()
     return parts
+
+
+def measured(values: Tensor) -> UnitGradients:
+    """(P, ...) gradients that nobody else holds; of large ones the norms are taken at once, from the cache.
+
+    Small ones will be measured together with others.
+    """
+    return UnitGradients(values, squared_norms(values) if values[0].numel() > _CHUNK else None)
 
 
 def added(materials: Sequence[Material]) -> Material:

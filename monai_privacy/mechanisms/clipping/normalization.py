@@ -59,7 +59,7 @@ class GroupNormRule(OperationRule):
             x.reshape(1, rows * channels, positions).contiguous(),
             mean.reshape(1, -1),
             rstd.reshape(1, -1),
-            None if weight is None else weight.repeat(rows),
+            None if weight is None else weight.expand(rows, -1).reshape(-1),
             1,
             rows * channels,
             positions,
