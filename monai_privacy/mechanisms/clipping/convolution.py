@@ -86,9 +86,6 @@ class ConvolutionRule(OperationRule):
         """See the base class."""
         assert weight is not None
         gradient = _in_order(gradient)
-        grad_x = (
-            _backward(gradient, x, weight, None, *self._arguments, (True, False, False))[0] if wanted.input else None
-        )
         found_bias = None
         if wanted.bias:
             assert bias is not None
@@ -100,6 +97,10 @@ class ConvolutionRule(OperationRule):
                 lambda: self._methods(x, gradient, weight, units, wanted.gradients_only),
                 lambda name: self._collect(name, x, gradient, weight, units),
             )
+        # Last, so that the layer before finds it in the cache.
+        grad_x = (
+            _backward(gradient, x, weight, None, *self._arguments, (True, False, False))[0] if wanted.input else None
+        )
         return Found(grad_x, found_weight, found_bias)
 
     @property
