@@ -106,7 +106,11 @@ def status(
         print(json.dumps(found))
         return
     console = Console(highlight=False, markup=False)
-    name = state.cohort.name if state.cohort else "not registered"
+    name = (
+        state.cohort.name
+        if state.cohort
+        else "not registered; `register` gives it a budget, and a list of its patients"
+    )
     console.print(f"cohort: {name}")
     if at is None:
         console.print("nothing released, and no budget")

@@ -274,7 +274,7 @@ def bound(
     """Publish, with noise and charged to the ledger, what the labels cost at the votes there were (data-dependent ε)."""
     from monai_privacy.accounting import PrivacyLedger
     from monai_privacy.pate.hospital_votes import read_hospital_votes, teachers_digest, total_votes
-    from monai_privacy.pate.vote_bound import release_vote_bound
+    from monai_privacy.pate.vote_bound_release import release_vote_bound
 
     if not ledger.exists():
         raise ValueError(f"{ledger} does not exist: name the ledger that the labels were charged to.")

@@ -148,6 +148,13 @@ def test_report_writes_three_files_and_verify_finds_them_true(ledger, tmp_path):
     assert_one_line(call("verify", tmp_path / "ids.txt", ledger), "is no report")
 
 
+def test_ledger_status_of_nobodys_ledger_says_what_is_missing(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    PrivacyLedger(path)
+    told = call("ledger", "status", path).stdout
+    assert "cohort: not registered; `register` gives it a budget" in told
+
+
 def test_ledger_status_says_what_was_spent_by_whom(ledger):
     book = PrivacyLedger(ledger)
     told = call("ledger", "status", ledger).stdout

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -133,8 +134,10 @@ def write_overlays(plan: BundlePlan, config: BundleConfig, folder: Path) -> list
     suffix = config.files[0].suffix
     written = []
     for name, pairs in (("privacy", plan.training), ("privacy_network", plan.network)):
-        if pairs:
-            path = folder / f"{name}{suffix}"
+        path = folder / f"{name}{suffix}"
+        if not pairs:
+            path.unlink(missing_ok=True)  # of an earlier call, about another network
+        else:
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(_text(pairs, suffix), encoding="utf-8")
             written.append(path)
@@ -265,7 +268,8 @@ def _judge_patients(config: BundleConfig, trainer: Node, request: PrivacyRequest
     try:
         changed = _with(config, changes)
         (records,) = changed.evaluated(where)
-        units = set(units_of(Dataset(list(records)), unit=request.unit, patient_key=request.patient_key))
+        of_records = units_of(Dataset(list(records)), unit=request.unit, patient_key=request.patient_key)
+        units = set(of_records)
     except Exception as error:  # the files may not be here, or the bundle's code fails
         return _unknown_patients(where, error, changes, request)
     if request.num_patients is not None and request.num_patients != len(units):
@@ -282,6 +286,10 @@ def _judge_patients(config: BundleConfig, trainer: Node, request: PrivacyRequest
     what = f"{len(records)} records of {len(units)} {request.unit}s; that number becomes public"
     if request.unit == "image":
         what += ". Single images are protected, and a patient with several images less"
+    elif len(units) == len(records):
+        what += ". Each image names a patient of its own: true only if nobody has two of them"
+    else:
+        what += f". One patient has {max(Counter(of_records).values())} of them, and nobody more"
     return [Finding("changed" if changes else "private", where, what, changes=changes)], len(units)
 
 

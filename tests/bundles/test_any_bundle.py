@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,7 +263,8 @@ def test_a_zoo_classifier_is_judged_part_by_part(tmp_path):
     assert says(found, "unnoised", "train#handlers#0:", "validation patients")
     assert says(found, "unnoised", "validate#handlers#1:", "chosen by its metric")
     assert says(found, "changed", "ckpt_dir:", "private/")
-    assert says(found, "changed", "train#dataset#data:", f"{PATIENTS * IMAGES_EACH} records of {PATIENTS} patients")
+    assert says(found, "changed", "train#dataset#data:", f"{PATIENTS * IMAGES_EACH} records of {PATIENTS} patients",
+                f"One patient has {IMAGES_EACH} of them")  # fmt: skip
     assert not {"refused", "asked"} & set(found)
 
 
@@ -277,6 +279,23 @@ def test_without_patients_one_has_to_ask_for_images(tmp_path):
     report = (root / "models" / "private" / "privacy_report.md").read_text(encoding="utf-8")
     assert "| unit | image |" in report
     assert "any one image" in report.splitlines()[2]
+
+
+def test_a_pattern_by_which_each_image_is_a_patient_is_told(tmp_path):
+    """Such as one that takes the image's number for the patient's: the claim would be about images."""
+    root = write_bundle(tmp_path / "bundle")
+    found = verdicts(root, patient_pattern=r"(p\d+_\d+)\.npy")
+    assert says(found, "changed", "24 records of 24 patients", "true only if nobody has two of them")
+
+
+def test_an_overlay_of_an_earlier_call_does_not_outlive_it(tmp_path):
+    """A conversion that is asked for no more would be applied by whoever names both files."""
+    root = write_bundle(tmp_path / "bundle")
+    assert [path.stem for path in overlays(root)] == ["privacy", "privacy_network"]
+    config = read_bundle([root / "configs" / "train.json"])
+    plan = replace(plan_bundle(config, PrivacyRequest(**NAMED)), network={})
+    assert [path.stem for path in write_overlays(plan, config, root / "configs")] == ["privacy"]
+    assert not list((root / "configs").glob("privacy_network*"))
 
 
 def test_a_table_names_the_patients(tmp_path):

@@ -26,7 +26,7 @@ from monai.data import (
     list_data_collate,
     pad_list_data_collate,
 )
-from monai.transforms import Compose, EnsureTyped, RandSpatialCropSamplesd, SelectItemsd
+from monai.transforms import Compose, EnsureTyped, RandSpatialCropSamplesd, SelectItemsd, SplitDimd
 from torch.utils.data import (
     BatchSampler,
     IterableDataset,
@@ -111,6 +111,16 @@ def test_crops_belong_to_their_patient(records):
     (batch,) = load(DataLoader(Dataset(records, crops), batch_size=2))
     assert batch.data["image"].shape == (120, 1, 4, 4)
     assert torch.bincount(batch.patient_index).tolist() == [6] * 20
+
+
+def test_slices_of_a_volume_belong_to_its_patient():
+    """2.5D: each volume becomes as many rows as it has slices."""
+    records = make_records(patients=4, spatial_dims=3)
+    slices = Compose([TRANSFORM, SplitDimd("image", dim=-1, keepdim=False, list_output=True)])
+    (batch,) = load(DataLoader(Dataset(records, slices), batch_size=2))
+    assert batch.data["image"].shape == (64, 1, 8, 8)
+    assert torch.bincount(batch.patient_index).tolist() == [16] * 4
+    assert torch.equal(batch.data["image"][17], records[2]["image"][..., 1])
 
 
 def test_draws_whole_patients(records):

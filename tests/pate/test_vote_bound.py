@@ -41,15 +41,8 @@ from monai_privacy.mechanisms.confident_voting import ConfidentGNMax, Interactiv
 from monai_privacy.mechanisms.noise import InsecureNoise
 from monai_privacy.mechanisms.voting import GNMax, LNMax
 from monai_privacy.pate.labelling import VoteLabeller
-from monai_privacy.pate.vote_bound import (
-    PrivateVoteCost,
-    VoteBound,
-    VoteBoundPlan,
-    _draw,
-    plan_vote_bound,
-    private_vote_cost,
-    release_vote_bound,
-)
+from monai_privacy.pate.vote_bound import PrivateVoteCost, VoteBoundPlan, plan_vote_bound, private_vote_cost
+from monai_privacy.pate.vote_bound_release import VoteBound, _draw, release_vote_bound
 from monai_privacy.report import PrivacyReport
 
 TEACHERS, DELTA = 250, 1e-5
