@@ -417,6 +417,19 @@ def test_convolutions_in_several_runs(rows_in_a_run, name, method, monkeypatch):
     assert_exact(case.network(), case.batch(len(patients)), patients, chooser=Forced(method))
 
 
+@pytest.mark.parametrize("run_bytes", [1, 1 << 22])
+@pytest.mark.parametrize("method", ["loop", "grouped", "unfold"])
+def test_norms_that_are_taken_as_large_gradients_come(method, run_bytes, monkeypatch):
+    """Small ones are measured together at the end."""
+    monkeypatch.setattr("monai_privacy.mechanisms.clipping.convolution._RUN_BYTES", run_bytes)
+    patients, network = torch.tensor(GROUPINGS["unequal, unsorted"]), nn.Conv1d(40, 40, 3)
+    assert network.weight.numel() > 4096
+    inputs = torch.randn((len(patients), 40, 6), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    chooser = Forced(method)
+    assert_exact(network.double(), (inputs, torch.zeros(len(patients))), patients, chooser=chooser)
+    assert chooser.times_used
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_no_method_is_offered_that_is_not_tested(name):
     case, chooser = CASES[name], Forced("")
