@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dp_accounting.dp_event import SelfComposedDpEvent
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
@@ -33,6 +35,7 @@ from monai_privacy.accounting import (
 )
 from monai_privacy.accounting.accountants import rdp_curve
 from monai_privacy.accounting.divergences import ORDERS
+from monai_privacy.accounting.events import composed
 from monai_privacy.accounting.ledger import PrivacyLedger
 from monai_privacy.accounting.ledger_file import LedgerError
 from monai_privacy.accounting.vote_costs import gnmax_log_q, gnmax_rdp, threshold_log_probability, threshold_rdp
@@ -114,6 +117,17 @@ def test_the_private_number_is_the_papers_and_does_not_show_itself():
     # Each query as if it had been answered: whether it was came of the noise.
     assert confident.rdp == pytest.approx(answers + threshold_rdp(passing, 20.0, [plan.order]).sum(), rel=1e-12)
     assert confident.smooth_sensitivity > found.smooth_sensitivity
+
+
+def test_the_documentations_example_has_its_numbers():
+    plan = plan_vote_bound(GNMax(100.0), num_teachers=1000, num_queries=1000, num_classes=2, delta=1e-5, agreement=0.95)
+    labels = SelfComposedDpEvent(GNMax(100.0).answer_event, 1000)
+    together = composed([labels, plan.event])
+    told = (plan.expected_epsilon, plan.independent_epsilon, epsilon(labels, 1e-5), epsilon(together, 1e-5))
+    assert [f"{value:.2f}" for value in told] == ["0.59", "1.76", "1.76", "1.95"]
+    text = (Path(__file__).parents[2] / "docs" / "pate.md").read_text(encoding="utf-8")
+    assert "expects ε = 0.59 where 1.76 holds whatever the votes" in text
+    assert "goes up by it, to 1.95 in that example" in text
 
 
 def test_noise_is_in_proportion_to_the_sensitivities(tmp_path):
