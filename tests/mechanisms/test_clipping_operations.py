@@ -342,6 +342,7 @@ CASES = {
     "linear on 4 dimensions": Case(lambda: nn.Linear(5, 4), (2, 3, 5), LINEAR),
     "group norm": Case(lambda: nn.GroupNorm(2, 4), (4, 3, 3)),
     "group norm of one group": Case(lambda: nn.GroupNorm(1, 4), (4, 5)),
+    "group norm of one channel": Case(lambda: nn.GroupNorm(1, 1), (1, 3, 3)),
     "group norm on vectors": Case(lambda: nn.GroupNorm(2, 8), (8,)),
     "instance norm 1d": Case(lambda: nn.InstanceNorm1d(4, affine=True), (4, 5)),
     "instance norm 2d": Case(lambda: nn.InstanceNorm2d(4, affine=True), (4, 3, 3)),

@@ -157,7 +157,8 @@ def test_given_features_are_copied_frozen_and_fixed() -> None:
     assert network.training
     batch = images(4, 1, 12, 12).float()
     assert torch.equal(network(batch), network(batch))
-    assert torch.equal(network(batch)[:1], network(batch[:1]))
+    # Kernels round otherwise for one row than for four, on some machines.
+    torch.testing.assert_close(network(batch)[:1], network(batch[:1]))
     assert all(torch.equal(value, before[name]) for name, value in network.features.state_dict().items())
     assert given.training
     assert all(p.requires_grad for p in given.parameters())

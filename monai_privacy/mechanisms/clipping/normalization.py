@@ -59,7 +59,8 @@ class GroupNormRule(OperationRule):
             x.reshape(1, rows * channels, positions).contiguous(),
             mean.reshape(1, -1),
             rstd.reshape(1, -1),
-            None if weight is None else weight.expand(rows, -1).reshape(-1),
+            # One channel keeps a stride of zero through reshape.
+            None if weight is None else weight.expand(rows, -1).reshape(-1).contiguous(),
             1,
             rows * channels,
             positions,
