@@ -109,7 +109,7 @@ def status(
     name = (
         state.cohort.name
         if state.cohort
-        else "not registered; `register` gives it a budget, and a list of its patients"
+        else "not registered, so nobody checks whose data are used; `register` makes a ledger that does"
     )
     console.print(f"cohort: {name}")
     if at is None:

@@ -152,7 +152,7 @@ def test_ledger_status_of_nobodys_ledger_says_what_is_missing(tmp_path):
     path = tmp_path / "ledger.jsonl"
     PrivacyLedger(path)
     told = call("ledger", "status", path).stdout
-    assert "cohort: not registered; `register` gives it a budget" in told
+    assert "cohort: not registered, so nobody checks whose data are used" in told
 
 
 def test_ledger_status_says_what_was_spent_by_whom(ledger):

@@ -136,7 +136,9 @@ def write_overlays(plan: BundlePlan, config: BundleConfig, folder: Path) -> list
     for name, pairs in (("privacy", plan.training), ("privacy_network", plan.network)):
         path = folder / f"{name}{suffix}"
         if not pairs:
-            path.unlink(missing_ok=True)  # of an earlier call, about another network
+            # Of an earlier call, about another network; never what this plan was made from.
+            if plan.training and path.resolve() not in {file.resolve() for file in config.files}:
+                path.unlink(missing_ok=True)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(_text(pairs, suffix), encoding="utf-8")

@@ -298,6 +298,18 @@ def test_an_overlay_of_an_earlier_call_does_not_outlive_it(tmp_path):
     assert not list((root / "configs").glob("privacy_network*"))
 
 
+@pytest.mark.parametrize("with_network", [False, True])
+def test_an_overlay_that_a_plan_was_made_from_stays(tmp_path, with_network):
+    root = write_bundle(tmp_path / "bundle")
+    privacy, network = overlays(root)
+    config = read_bundle([root / "configs" / "train.json", network if with_network else privacy])
+    plan = plan_bundle(config, PrivacyRequest(**NAMED))
+    assert bool(plan.training) is with_network
+    write_overlays(replace(plan, network={}), config, root / "configs")
+    assert privacy.exists()
+    assert network.exists()
+
+
 def test_a_table_names_the_patients(tmp_path):
     root = write_bundle(tmp_path / "bundle")
     table = root / "patients.csv"
