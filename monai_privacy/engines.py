@@ -276,7 +276,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
         engine.optimizer.zero_grad(set_to_none=engine.optim_set_to_none)
         parameters = self._parameters()
         statistics: list[dict[str, Tensor]] = []
-        sums = [torch.zeros_like(p) for p in parameters]
+        sums: Sequence[Tensor] | None = None
         buffers = self._buffer_versions()
         device = self.state.device
         cuda = (device.index or 0,) if device.type == "cuda" else ()
@@ -285,7 +285,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
                 # A function of the user's own might mix the rows that it is given: it is given one patient's.
                 for piece in [part] if is_row_wise(self.prepare_batch) else parts_by_patient(part):
                     found = self._clipped_sum(piece, parameters, statistics)
-                    sums = [total + more for total, more in zip(sums, found, strict=True)]
+                    sums = found if sums is None else torch._foreach_add(list(sums), list(found))
         if self._buffer_versions() != buffers:
             raise ValueError(
                 "the network wrote to its buffers in this step: what it keeps there is never noised, so nothing was "
@@ -293,7 +293,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
             )
         engine.fire_event(IterationEvents.FORWARD_COMPLETED)
         engine.fire_event(IterationEvents.LOSS_COMPLETED)
-        self._release(parameters, sums)
+        self._release(parameters, [torch.zeros_like(p) for p in parameters] if sums is None else sums)
         engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
         engine.optimizer.step()
         engine.state.output = merged(statistics) if statistics else NO_STATISTICS
@@ -364,8 +364,9 @@ class DPSupervisedTrainer(SupervisedTrainer):
         self._conduct.record_step(self.state.ledger_entry)
         if self._group.is_first:
             sums = self._noise.add_gaussian(sums, self.plan.noise_std)
-        for parameter, noised in zip(parameters, self._group.sum(sums), strict=True):
-            parameter.grad = noised / self.plan.expected_batch_size
+        means = torch._foreach_div(list(self._group.sum(sums)), self.plan.expected_batch_size)
+        for parameter, mean in zip(parameters, means, strict=True):
+            parameter.grad = mean
 
     def _forward(self, args: Any, kwargs: Any, rows_in_batch: int) -> Callable[[Tensor, Tensor], Any]:
         autocast_kwargs = {"dtype": torch.bfloat16} | self.amp_kwargs

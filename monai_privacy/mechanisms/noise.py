@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -23,11 +23,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 # Large enough that torch's threads are worth their start, and small beside any network that needs several.
-_BLOCK = 1 << 17
+_BLOCK = 1 << 18
 # Of a float64: its bits after the binary point, and the others of a number from 1 to 2.
 _FRACTION, _ONE = (1 << 52) - 1, 0x3FF << 52
-
-_Pair = tuple[Tensor, Tensor]
 
 
 class NoiseSource(Protocol):
@@ -77,44 +75,35 @@ def _noised_on_cuda(tensor: Tensor, standard_deviation: float) -> Tensor:
 
 @torch.no_grad()
 def _noised_on_cpu(tensors: Sequence[Tensor], standard_deviation: float) -> list[Tensor]:
-    sources = [tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
-    targets = [torch.empty_like(source, memory_format=torch.contiguous_format) for source in sources]
-    pairs = [(source.reshape(-1), target.view(-1)) for source, target in zip(sources, targets, strict=True)]
-    noise = _Noise(min(_BLOCK, sum(len(source) for source, _ in pairs)))
+    sources = [tensor.cpu().to(torch.promote_types(tensor.dtype, torch.float32)).reshape(-1) for tensor in tensors]
+    found: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(source.dtype for source in sources):
+        places = [at for at, source in enumerate(sources) if source.dtype == dtype]
+        # One after the other in one new tensor: a network has hundreds of small ones.
+        flat = torch.cat([sources[at] for at in places])
+        _add_noise(flat, standard_deviation)
+        found |= dict(zip(places, flat.split([len(sources[at]) for at in places]), strict=True))
+    return [found[at].view(tensor.shape).to(tensor) for at, tensor in enumerate(tensors)]
+
+
+def _add_noise(flat: Tensor, standard_deviation: float) -> None:
+    """Change (N,) values in place, in float64, with one rounding at the end where they are in float32."""
+    if not len(flat):
+        return
+    noise = _Noise(min(_BLOCK, len(flat)))
     # One buffer for all blocks: a new one for each would cost a fault a page.
     buffer = torch.empty(noise.size, dtype=torch.float64)
-    for block in _blocks(pairs):
-        lengths = [len(source) for source, _ in block]
-        total = buffer[: sum(lengths)]
-        torch._foreach_copy_(total.split(lengths), [source for source, _ in block])
+    for block in flat.split(_BLOCK):
+        total = buffer[: len(block)].copy_(block)
         noise.add_to(total, standard_deviation)
-        # The one rounding, where the gradient is in float32.
-        torch._foreach_copy_([target for _, target in block], total.split(lengths))
-    return [target.to(tensor) for tensor, target in zip(tensors, targets, strict=True)]
-
-
-def _blocks(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
-    """The pairs, divided and put together to blocks of equal length, but for the last."""
-    block: list[_Pair] = []
-    room = _BLOCK
-    for source, target in pairs:
-        done = 0
-        while done < len(source):
-            part = slice(done, done + room)
-            block.append((source[part], target[part]))
-            done, room = done + len(block[-1][0]), room - len(block[-1][0])
-            if room == 0:
-                yield block
-                block, room = [], _BLOCK
-    if block:
-        yield block
+        block.copy_(total)
 
 
 class _Noise:
     """Adds fresh normal numbers, under a key of its own.
 
     Args:
-        size: most numbers at once.
+        size: most numbers at once, one or more.
     """
 
     def __init__(self, size: int) -> None:
@@ -122,7 +111,7 @@ class _Noise:
         self._cipher = Cipher(algorithms.AES(os.urandom(16)), modes.CTR(bytes(16))).encryptor()
         # The cipher asks for room for one block of its own more.
         self._zeros, self._drawn = bytes(8 * self.size), bytearray(8 * self.size + 15)
-        self._bits = torch.frombuffer(self._drawn, dtype=torch.int64, count=self.size) if size else torch.empty(0)
+        self._bits = torch.frombuffer(self._drawn, dtype=torch.int64, count=self.size)
         self._cosine = torch.empty(self.size // 2, dtype=torch.float64)
 
     def add_to(self, values: Tensor, standard_deviation: float) -> None:

@@ -30,7 +30,9 @@ from monai_privacy.mechanisms.clipping import ClippedGradientSum, GradientClippe
 from monai_privacy.mechanisms.clipping.choosing import MemoryBudget, MethodChooser
 from monai_privacy.mechanisms.clipping.convolution import ConvolutionRule
 from monai_privacy.mechanisms.clipping.materials import UnitGradients
+from monai_privacy.mechanisms.clipping.onednn import has_onednn, onednn_products
 from monai_privacy.mechanisms.clipping.operation import NormMethod
+from monai_privacy.mechanisms.clipping.precision import full_precision
 from monai_privacy.mechanisms.clipping.units import Units
 from monai_privacy.networks import FoldedBatchNorm
 
@@ -663,12 +665,15 @@ def small(rows: int = 6) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 
 ANY_METHOD = tuple(dict.fromkeys((*DENSE, *POINTWISE)))
+# Offered in float32 alone, and by builds of torch that have it.
+ONEDNN = ("unfold, oneDNN", "unfold, oneDNN, norms", "product, oneDNN", "product, oneDNN, norms")
+IN_FLOAT32 = (*ANY_METHOD, *(ONEDNN if has_onednn(torch.zeros(1)) else ()))
 UNEQUAL = torch.tensor([7, 1, 7, 0, 1, 7])
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("method", ANY_METHOD)
+@pytest.mark.parametrize("method", IN_FLOAT32)
 def test_float32_agrees_with_float64(method, grouping):
     network, (inputs, targets) = small()
     patients = torch.tensor(GROUPINGS[grouping])
@@ -680,6 +685,56 @@ def test_float32_agrees_with_float64(method, grouping):
     assert {g.dtype for g in found.gradients} == {torch.float32}
     assert found.norms.dtype == torch.float64
     assert_close(found, total, norms, 1e-5)
+
+
+@pytest.mark.skipif(not has_onednn(torch.zeros(1)), reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("counts", [(1,), (1, 1, 1), (2, 1, 3)])
+@pytest.mark.parametrize("size", [(5, 7, 3), (3, 40, 48), (3, 40, 47), (8, 1, 1), (1, 1, 400)])
+def test_products_by_onednn(size, counts):
+    """The two sides of what is long; rows that do not lie in order; what was there before does not matter."""
+    width, other, length = size
+    units, generator = Units(counts), torch.Generator().manual_seed(0)
+    gradients = torch.randn((units.rows, length, width), generator=generator).transpose(1, 2)
+    inputs = torch.randn((units.rows, other, 2 * length), generator=generator)[:, :, ::2]
+    expected = units.sum(gradients.double() @ inputs.double().transpose(1, 2))
+    found = torch.full((units.number, width, other), float("nan"))
+    onednn_products(gradients, inputs, units, found)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6 * length)
+    inputs[-1] = float("nan")
+    onednn_products(gradients, inputs, units, found)
+    assert torch.isfinite(found).all(2).all(1).tolist() == [True] * (units.number - 1) + [False]
+
+
+def test_onednn_is_offered_where_it_can_multiply(monkeypatch):
+    x = torch.zeros(2, 4, 3, 3)
+    gradient, weight, rule = (
+        torch.zeros(2, 6, 3, 3),
+        torch.zeros(6, 4, 1, 1),
+        ConvolutionRule((1, 1), (0, 0), (1, 1), 1),
+    )
+    assert has_onednn(x) == ("product, oneDNN" in rule._forms(x, gradient, weight))
+    assert not any("oneDNN" in form for form in rule._forms(x, gradient.double(), weight))
+    assert not has_onednn(x.bfloat16())
+    assert not has_onednn(x.to("meta"))
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not has_onednn(x)
+
+
+def test_norms_are_taken_in_full_precision_on_a_cpu():
+    """On processors that multiply bfloat16, "medium" rounds to it: norms would be of other numbers than the sum."""
+    settings = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with full_precision(torch.zeros(1)):
+            assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+        assert settings[0].fp32_precision == "bf16"
+        with pytest.raises(KeyError), full_precision(torch.zeros(1)):
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert settings[0].fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("method", LINEAR)
@@ -753,8 +808,8 @@ def test_a_patient_that_is_not_finite_among_words(method):
 
 
 HUGE = {
-    "convolution": (lambda: nn.Conv1d(6, 8, 3, bias=False), (6, 6), CONVOLUTION),
-    "pointwise": (lambda: nn.Conv2d(8, 12, 1, bias=False), (8, 2, 2), POINTWISE),
+    "convolution": (lambda: nn.Conv1d(6, 8, 3, bias=False), (6, 6), (*CONVOLUTION, *ONEDNN[:2])),
+    "pointwise": (lambda: nn.Conv2d(8, 12, 1, bias=False), (8, 2, 2), (*POINTWISE, *ONEDNN[2:])),
     "linear": (lambda: nn.Linear(5, 4, bias=False), (3, 5), LINEAR),
     "group norm": (lambda: nn.GroupNorm(2, 4), (4, 5), ("",)),
     "folded batch norm": (lambda: FoldedBatchNorm(4), (4, 5), ("",)),

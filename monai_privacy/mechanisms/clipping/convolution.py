@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients, measured, squared_norms
+from monai_privacy.mechanisms.clipping.onednn import has_onednn, onednn_products
 from monai_privacy.mechanisms.clipping.operation import (
     Choose,
     Found,
@@ -43,6 +44,7 @@ Size = tuple[int, ...]
 _GRAM_BYTES = 8 << 20
 _RUN_BYTES = 4 << 20
 _NORMS = ", norms"
+_ONEDNN = ", oneDNN"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class ConvolutionRule(OperationRule):
         one = 2.0 * weight.numel() * positions * rows  # an ordinary weight gradient
         kept, held = units.number * size, x.nbytes + gradient.nbytes
         methods = []
-        for name in self._forms(weight, rows):
+        for name in self._forms(x, gradient, weight):
             run = self._run_rows(name, x, gradient, weight, units) * self._row_bytes(name, x, gradient, weight)
             # Where one run does it all, row by row, what it makes is kept.
             made = kept if run >= kept and rows == units.number else 0
@@ -167,11 +169,12 @@ class ConvolutionRule(OperationRule):
             ]
         return self._postponed(torch.cat(squares), x, gradient, weight, units)
 
-    def _forms(self, weight: Tensor, rows: int) -> list[str]:
+    def _forms(self, x: Tensor, gradient: Tensor, weight: Tensor) -> list[str]:
         """The ways to the units' gradients."""
-        forms = ["loop"] if rows == 1 else ["loop", "grouped"]
+        forms = ["loop"] if len(x) == 1 else ["loop", "grouped"]
         if not self.transposed and self.groups == 1:
-            forms.append("product" if set(weight.shape[2:]) == {1} and not any(self.padding) else "unfold")
+            form = "product" if set(weight.shape[2:]) == {1} and not any(self.padding) else "unfold"
+            forms += [form, form + _ONEDNN] if has_onednn(x) and has_onednn(gradient) else [form]
         return forms
 
     def _run_rows(self, form: str, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> int:
@@ -181,7 +184,7 @@ class ConvolutionRule(OperationRule):
     def _row_bytes(self, form: str, x: Tensor, gradient: Tensor, weight: Tensor) -> int:
         """What a form makes for a row, about."""
         size = weight.numel() * max(4, weight.element_size())
-        if form != "unfold":
+        if not form.startswith("unfold"):
             return size
         return size + (weight[0].numel() * math.prod(gradient.shape[2:]) + x[0].numel()) * x.element_size()
 
@@ -197,8 +200,11 @@ class ConvolutionRule(OperationRule):
             by_row = self._grouped(x, gradient, weight)
             values.copy_(units.sum(wide(by_row)).view_as(values))
         else:
-            seen = self._pixels(x) if form == "product" else self._patches(x, weight, gradient)
-            unit_products(gradient.flatten(2), seen.transpose(1, 2), units, values.flatten(2))
+            seen = self._pixels(x) if form.startswith("product") else self._patches(x, weight, gradient)
+            if form.endswith(_ONEDNN):
+                onednn_products(gradient.flatten(2), seen, units, values.flatten(2))
+            else:
+                unit_products(gradient.flatten(2), seen.transpose(1, 2), units, values.flatten(2))
         return values
 
     def _weight_gradient(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:

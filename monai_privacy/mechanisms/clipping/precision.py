@@ -22,14 +22,25 @@ from torch import Tensor
 
 @contextmanager
 def full_precision(like: Tensor) -> Iterator[None]:
-    """No TF32 on a CUDA device: norm and sum must be of the same numbers, or the bound holds only to 1e-3."""
-    if like.device.type != "cuda":
-        yield
+    """No TF32, nor bfloat16 under a float32 dtype: norm and sum must be of the same numbers, or the bound holds to 1e-3."""
+    if like.device.type == "cuda":
+        matmul = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = matmul
         return
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    # set_float32_matmul_precision("medium") lets oneDNN round to bfloat16 on processors that multiply it.
+    settings = [
+        getattr(torch.backends.mkldnn, name) for name in ("matmul", "conv") if hasattr(torch.backends.mkldnn, name)
+    ]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            yield
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
