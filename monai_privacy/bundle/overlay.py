@@ -29,7 +29,7 @@ from monai_privacy.bundle.findings import Finding, PrivacyRequest
 from monai_privacy.bundle.judging import conversion, judge_data, judge_handlers, judge_network, judge_trainer
 from monai_privacy.bundle.programs import judge_programs, unknown_statements
 from monai_privacy.bundle.reading import BundleConfig, Node
-from monai_privacy.bundle.serving import judge_serving
+from monai_privacy.bundle.serving import everywhere, judge_serving, serving_configs
 from monai_privacy.data import units_of
 from monai_privacy.engines import DPSupervisedTrainer
 
@@ -92,7 +92,9 @@ def plan_bundle(config: BundleConfig, request: PrivacyRequest) -> BundlePlan:
     folder = _judge_folder(config, trainer)
     findings += folder
     converted = any(finding.network for finding in findings)
+    configs = serving_configs(config)
     serving = judge_serving(
+        configs,
         config,
         config.network_definition(trainer.argument("network"), f"{trainer.id}#network"),
         (lambda node: conversion(node, request)) if converted else None,
@@ -111,8 +113,9 @@ def plan_bundle(config: BundleConfig, request: PrivacyRequest) -> BundlePlan:
     # Least deep first: a whole dataset must be replaced before something inside it is.
     changes = {place: value for finding in findings for place, value in finding.changes.items()}
     training |= dict(sorted(changes.items(), key=lambda item: item[0].count("#")))
+    network, unplaced = everywhere(network, [whole for _, _, whole in configs] or [config])
     network |= {place: value for finding in folder for place, value in finding.changes.items() if "#" not in place}
-    return BundlePlan((*findings, *serving), training, network)
+    return BundlePlan((*findings, *serving, *unplaced), training, network)
 
 
 def require_private(plan: BundlePlan) -> None:
@@ -268,10 +271,12 @@ def _judge_patients(config: BundleConfig, trainer: Node, request: PrivacyRequest
         for validated in _validated(config, trainer):
             changes[f"{validated.id}#data"] = changes[where] | {"records": copy.deepcopy(validated.argument("data"))}
     try:
-        changed = _with(config, changes)
+        changed = config.with_changes(changes)
         (records,) = changed.evaluated(where)
         of_records = units_of(Dataset(list(records)), unit=request.unit, patient_key=request.patient_key)
         units = set(of_records)
+        if not units:
+            raise FileNotFoundError("no records are here")
     except Exception as error:  # the files may not be here, or the bundle's code fails
         return _unknown_patients(where, error, changes, request)
     if request.num_patients is not None and request.num_patients != len(units):
@@ -301,7 +306,7 @@ def _unknown_patients(
     told = error
     while isinstance(told.__cause__, Exception):
         told = told.__cause__
-    reason = " ".join(str(told).split())[:200] or type(told).__name__
+    reason = " ".join(str(told).split())[:200].rstrip(".") or type(told).__name__
     no_id = isinstance(told, ValueError) and "patient" in reason
     if request.num_patients is not None and not no_id:
         what = (
@@ -315,17 +320,6 @@ def _unknown_patients(
         else "Give --num-patients, or run where the records are"
     )
     return [Finding("asked", where, f"whose images these are is not known: {reason}", remedy)], None
-
-
-def _with(config: BundleConfig, changes: Mapping[str, Any]) -> BundleConfig:
-    content = copy.deepcopy(config.content)
-    for where, value in changes.items():
-        *parents, last = where.split("#")
-        place: Any = content
-        for part in parents:
-            place = place[int(part)] if isinstance(place, list) else place[part]
-        place[last] = value
-    return BundleConfig(config.files, config.root, content)
 
 
 # ------------------------------------------------------------------ seeds and folders

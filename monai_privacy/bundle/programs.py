@@ -26,8 +26,9 @@ _PROGRAMS = ("initialize", "run", "finalize")
 _HARMLESS = re.compile(
     r"\$\s*(import |from \w[\w.]* import |monai\.utils\.set_determinism\(|os\.makedirs\(|print\(|logging\.|warnings\."
     r"|setattr\(torch\.backends\.|torch\.backends\.|torch\.cuda\.(set_device|empty_cache)\(|torch\.set_float32"
-    r"|dist\.(init|destroy)_process_group\(|torch\.distributed\.(init|destroy)_process_group\(|gc\.collect\()"
+    r"|dist\.(init|destroy)_process_group\(|torch\.distributed\.(init|destroy)_process_group\(|gc\.collect\(|sys\.path\.(append|insert)\()"
 )
+_CLOSE = re.compile(r"\$\s*@([\w#:]+)\.close\(\)")
 _FREEZE = re.compile(r"\$\s*monai\.networks\.utils\.freeze_layers\([^()]*\)")
 _RUN = re.compile(r"\$\s*@([\w#:]+)\.run\(\)")
 _ATTACH = re.compile(r"\$\s*(@[\w#:]+\.attach\(@[\w#:]+\)|\[handler\.attach\(@[\w#:]+\) for handler in @[\w#:]+\])")
@@ -90,6 +91,8 @@ def _is_harmless(config: BundleConfig, trainer: Node, statement: str) -> bool:
         return node.id == trainer.id or node.target.endswith("Evaluator")
     if _ATTACH.fullmatch(statement.strip()) or _FREEZE.fullmatch(statement.strip()):
         return True
+    if closed := _CLOSE.fullmatch(statement.strip()):
+        return str(config.get(closed[1])).startswith("$open(")
     if reference := _REFERENCE.fullmatch(statement.strip()):
         target = str(config.follow(f"@{reference[1]}").argument("_target_") or "")
         return target.startswith("monai_privacy.")

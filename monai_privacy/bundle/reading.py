@@ -81,6 +81,17 @@ class BundleConfig:
                 return None
         return value
 
+    def with_changes(self, changes: Mapping[str, Any]) -> BundleConfig:
+        """A copy in which other values stand at these ids, whose parents must be there."""
+        content = copy.deepcopy(self.content)
+        for where, value in changes.items():
+            *parents, last = where.split(_SEPARATOR)
+            place: Any = content
+            for part in parents:
+                place = place[int(part)] if isinstance(place, list) else place[part]
+            place[int(last) if isinstance(place, list) else last] = value
+        return BundleConfig(self.files, self.root, content)
+
     def follow(self, value: Any, place: str = "") -> Node:
         """The node that a value stands for, through references ("@train#dataset")."""
         seen = set()

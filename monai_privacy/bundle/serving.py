@@ -15,21 +15,39 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from monai.bundle import ConfigParser
 
 from monai_privacy.bundle.findings import Finding
 from monai_privacy.bundle.reading import BundleConfig, Node, read_bundle, references
 
-__all__ = ["judge_serving"]
+__all__ = ["everywhere", "judge_serving", "serving_configs"]
 
 _OTHERS = ("metadata", "logging", "privacy", "multi_gpu", "mgpu")
 _LOADED = re.compile(r"torch\.load\(\s*@(\w+(?:(?:#|::)\w+)*)")
 _FILE = re.compile(r"/(?P<file>[^/'\"\s]+\.(?:pt|pth))(?P<end>['\"]?)$")
 
 
+def serving_configs(config: BundleConfig) -> list[tuple[Path, BundleConfig, BundleConfig]]:
+    """The configs of evaluation and inference beside those of a training: each file, what stands in it, and as it is run."""
+    found = []
+    for path in sorted(config.files[0].parent.iterdir()):
+        if path.suffix in (".json", ".yaml", ".yml") and not path.stem.startswith(_OTHERS) and path not in config.files:
+            try:
+                own = _alone(path, config)
+                whole = own if _is_whole(own) else read_bundle([*config.files, path])
+            except ValueError:
+                continue  # no config
+            if not whole.trainers() or whole is not own:
+                found.append((path, own, whole))
+    return found
+
+
 def judge_serving(
+    configs: Sequence[tuple[Path, BundleConfig, BundleConfig]],
     config: BundleConfig,
     definition: Node,
     convert: Callable[[Node], Mapping[str, Any]] | None,
@@ -38,6 +56,7 @@ def judge_serving(
     """What has to change in the configs of evaluation and inference, so that they use the private network.
 
     Args:
+        configs: see :func:`serving_configs`.
         config: of the training.
         definition: where it makes its network.
         convert: gives the changes that make a network the converted one; None where the network stays as it is.
@@ -46,17 +65,47 @@ def judge_serving(
     Returns:
         Findings whose changes belong after those configs, and a note on each that does not show what it loads.
     """
-    found = []
-    for path in sorted(config.files[0].parent.iterdir()):
-        if path.suffix in (".json", ".yaml", ".yml") and not path.stem.startswith(_OTHERS) and path not in config.files:
-            try:
-                own = read_bundle([path])
-                whole = own if _is_whole(own) else read_bundle([*config.files, path])
-            except ValueError:
-                continue  # no config
-            if not whole.trainers() or whole is not own:
-                found += list(_judge(path, own, whole, config, definition, convert, folders))
-    return found
+    return [
+        finding
+        for path, own, whole in configs
+        for finding in _judge(path, own, whole, config, definition, convert, folders)
+    ]
+
+
+def everywhere(changes: Mapping[str, Any], configs: Sequence[BundleConfig]) -> tuple[dict[str, Any], list[Finding]]:
+    """One set of changes that can follow any of the configs: MONAI refuses one inside of what a config does not have.
+
+    Args:
+        changes: ids and values, each of which some of the configs need.
+        configs: as they are run.
+
+    Returns:
+        The changes, with the whole of what lies around one where only some configs have it; and notes on what cannot be
+        placed, since configs have different things under one id.
+    """
+    placed: dict[str, Any] = {}
+    notes = []
+    for place, value in changes.items():
+        top, _, within = place.partition("#")
+        having = [config for config in configs if config.get(top) is not None]
+        if not within or not having:
+            placed[place] = value
+        elif any(config.get(top) != having[0].get(top) for config in having):
+            parent = place.rpartition("#")[0]
+            if len(having) == len(configs) and all(config.get(parent) == having[0].get(parent) for config in having):
+                placed[place] = value
+            else:
+                notes.append(
+                    Finding("noted", place, "evaluation and inference have different things here, so that no one overlay "
+                            "changes it for both: what is loaded may be a network without privacy",
+                            "Name the checkpoint of the private training on the command line", network=True)
+                )  # fmt: skip
+        elif len(having) == len(configs):
+            placed[place] = value
+        else:
+            whole = having[0].with_changes({top: placed.get(top, having[0].get(top))})
+            placed[top] = whole.with_changes({place: value}).get(top)
+    return placed, notes
 
 
 def _judge(
@@ -94,10 +143,16 @@ def _loaded(own: BundleConfig, whole: BundleConfig) -> Iterator[Node]:
     """Where it stands which files networks are loaded from."""
     for node in own.nodes():
         if node.target == "CheckpointLoader":
-            yield whole.argument(node, "load_path")
+            place = whole.argument(node, "load_path")
+            # "$@checkpoint" is what stands there, too.
+            yield whole.follow(place.value.removeprefix("$").strip(), place.id) if _is_reference(place.value) else place
     for text in own.texts():
         for match in _LOADED.finditer(text):
             yield whole.follow(f"@{match[1]}")
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"\$\s*@\w+(?:(?:#|::)\w+)*\s*", value) is not None
 
 
 def _private(node: Node, whole: BundleConfig, training: BundleConfig, folders: Mapping[str, Any]) -> str | None:
@@ -112,6 +167,20 @@ def _private(node: Node, whole: BundleConfig, training: BundleConfig, folders: M
     if os.path.normpath(os.path.dirname(str(file))) not in map(os.path.normpath, saved):
         return None
     return _FILE.sub(r"/private/\g<file>\g<end>", node.value)
+
+
+def _alone(path: Path, training: BundleConfig) -> BundleConfig:
+    """What one file says; as it stands, where it only changes things inside of those of the training."""
+    try:
+        return read_bundle([path])
+    except ValueError:
+        try:
+            content = ConfigParser.load_config_file(str(path))
+        except Exception as error:  # json and yaml raise kinds of their own
+            raise ValueError(f"{path} is no config: {error}") from error
+        if not isinstance(content, dict):
+            raise
+        return BundleConfig((path,), training.root, content)
 
 
 def _is_whole(config: BundleConfig) -> bool:

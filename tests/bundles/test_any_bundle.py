@@ -26,11 +26,13 @@ import yaml
 from command_line import assert_one_line, call
 from monai.bundle import ConfigWorkflow, ckpt_export, create_workflow
 from monai.networks.nets import DenseNet
-from third_party import IMAGES_EACH, PATIENTS, SIDE, flat, nested, pretrained, write_bundle
+from third_party import EVALUATE, IMAGES_EACH, PATIENTS, SIDE, flat, nested, pretrained, write_bundle
 from typer.testing import CliRunner
 
 from monai_privacy import DPSupervisedTrainer, PrivacyBudgetError, PrivacyLedger
 from monai_privacy.bundle import DPConfigWorkflow, PrivacyRequest, plan_bundle, read_bundle, write_overlays
+from monai_privacy.bundle.reading import BundleConfig
+from monai_privacy.bundle.serving import everywhere
 from monai_privacy.cli import app
 from monai_privacy.networks import FoldedBatchNorm
 
@@ -139,6 +141,78 @@ def test_inference_under_other_names_takes_the_private_network(tmp_path, norm, l
     saved = torch.load(root / "models" / "private" / "model.pt", weights_only=True)
     assert loaded.keys() == saved.keys()
     assert all(torch.equal(loaded[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize("evaluated", ["$@ckpt_dir + '/model.pt'", "$@bundle_root + '/models/model.pt'"])
+@pytest.mark.parametrize("inferred", ["component", "expression"])
+def test_one_overlay_follows_evaluation_and_inference(tmp_path, inferred, evaluated):
+    """As bundles of the model zoo have them: what one of the two configs changes inside, the other has not at all."""
+    root = write_bundle(tmp_path / "bundle")
+    inference, evaluate = (root / "configs" / f"{name}.json" for name in ("inference", "evaluate"))
+    config = json.loads(inference.read_text(encoding="utf-8"))
+    loader, path = config["handlers"].pop(), "$@bundle_root + '/models/model.pt'"
+    if inferred == "component":
+        config |= {"checkpointloader": loader | {"load_path": path}, "initialize": ["$@checkpointloader(@evaluator)"]}
+    else:
+        config |= {"checkpoint": path, "handlers": [loader | {"load_path": "$@checkpoint"}]}
+    inference.write_text(json.dumps(config), encoding="utf-8")
+    change = copy.deepcopy(EVALUATE)
+    change["validate#handlers"][0]["load_path"] = evaluated
+    evaluate.write_text(json.dumps(change), encoding="utf-8")
+    train = root / "configs" / "train.json"
+    pretrained(root)  # a network without privacy lies where the bundle's own configs look for one
+    assert not says(verdicts(root), "noted", "may be a network without privacy")
+    overlay, network = overlays(root)
+    run(train, overlay)
+    saved = torch.load(root / "models" / "private" / "model.pt", weights_only=True)
+    for configs in ([train, evaluate, network], [inference, network]):
+        loaded = run(*configs, kind="infer").parser.get_parsed_content("network").state_dict()
+        assert loaded.keys() == saved.keys()
+        assert all(torch.equal(loaded[key], saved[key]) for key in saved)
+
+
+def test_changes_that_no_one_overlay_can_make_are_noted():
+    def config(content: dict) -> BundleConfig:
+        return BundleConfig((), Path(), content)
+
+    loader, other = {"load_path": "a"}, {"validator": "b"}
+    change = {"handlers#0#load_path": "private/a"}
+    alone, notes = everywhere(change, [config({"handlers": [loader]})])
+    assert (alone, notes) == (change, [])
+    both, notes = everywhere(change, [config({"handlers": [loader]}), config({"handlers": [loader, other]})])
+    assert (both, notes) == (change, [])
+    one_of_two, notes = everywhere(
+        change | {"handlers#1#validator": "c"}, [config({"handlers": [loader, other]}), config({"net": 1})]
+    )
+    assert (one_of_two, notes) == ({"handlers": [{"load_path": "private/a"}, {"validator": "c"}]}, [])
+    for others in ([{"handlers": [other]}], [{"handlers": [loader, other]}, {}]):
+        none, (note,) = everywhere(change, [config({"handlers": [loader]}), *map(config, others)])
+        assert none == {}
+        assert (note.verdict, note.where) == ("noted", "handlers#0#load_path")
+        assert "without privacy" in note.what
+    assert everywhere({"net": 1}, [config({}), config({"net": {"a": 2}})]) == ({"net": 1}, [])
+
+
+def test_what_bundles_run_besides_is_known(tmp_path):
+    def change(config):
+        config |= {"file": "$open(@dataset_dir + '/x.json', 'w')", "other": "$object()"}
+        config["initialize"] += ["$import sys", "$sys.path.append(@bundle_root)"]
+        config["finalize"] = ["$@file.close()", "$@other.close()"]
+
+    found = verdicts(write_bundle(tmp_path / "bundle", change=change))
+    assert not says(found, "noted", "sys.path")
+    assert not says(found, "noted", "@file.close")
+    assert says(found, "noted", "finalize#1", "@other.close")
+
+
+def test_no_records_here_are_not_no_patients(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    for image in (root / "data" / "train").iterdir():
+        image.unlink()
+    assert says(verdicts(root), "asked", "no records are here", "--num-patients")
+    found = verdicts(root, num_patients=PATIENTS)
+    assert says(found, "noted", "no records are here", "the trainer looks for patient_id")
+    assert "asked" not in found
 
 
 def test_inference_that_does_not_show_what_it_loads_is_noted(tmp_path):
@@ -322,9 +396,6 @@ def test_a_table_names_the_patients(tmp_path):
 def test_a_number_of_patients_that_the_records_deny_is_not_taken(tmp_path):
     root = write_bundle(tmp_path / "bundle")
     assert says(verdicts(root, num_patients=24), "asked", f"{PATIENTS} patients, and you say 24")
-    for file in (root / "data" / "train").iterdir():
-        file.unlink()
-    assert says(verdicts(root, num_patients=24), "asked", "0 patients, and you say 24")
 
 
 def test_data_that_are_elsewhere_need_their_number(tmp_path):

@@ -217,6 +217,16 @@ INFERENCE: Config = {
 }
 
 
+#: Comes after the nested bundle's training config, and changes things inside of it.
+EVALUATE: Config = {
+    "validate#handlers": [
+        {"_target_": "CheckpointLoader", "load_path": "$@ckpt_dir + '/model.pt'", "load_dict": {"model": "@network"}}
+    ],
+    "initialize": ["$monai.utils.set_determinism(seed=123)"],
+    "run": ["$@validate#evaluator.run()"],
+}
+
+
 MULTI_GPU: Config = {
     "+imports": ["$import torch.distributed as dist"],
     "network": {
