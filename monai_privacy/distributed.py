@@ -76,7 +76,10 @@ class ProcessGroup:
 
     def sum(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The sum of each tensor over the processes."""
-        if self.size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+        if self.size == 1:
+            return tensors
+        # What is added up is memory: in one process a gradient may lie channels-last, and in another it may not.
+        tensors = [tensor.contiguous() for tensor in tensors]
+        for tensor in tensors:
+            dist.all_reduce(tensor)
         return tensors

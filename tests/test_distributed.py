@@ -25,6 +25,7 @@ from conftest import make_network, make_records, make_trainer, weights
 from scipy import stats
 
 from monai_privacy import PrivacyLedger
+from monai_privacy.distributed import ProcessGroup
 
 FALSE_ALARM = 1e-7
 PREAMBLE = f"""
@@ -153,3 +154,13 @@ def test_a_report_that_only_the_first_process_writes_holds_nobody_up(tmp_path):
     assert (entry.state, entry.steps) == ("committed", 4)
     assert "model" in entry.artifacts
     assert "committed" in (tmp_path / "report" / "privacy_report.md").read_text(encoding="utf-8")
+
+
+def test_gradients_are_added_up_in_one_order_of_memory(monkeypatch):
+    """A sum over processes is one of memory: in one of them a gradient may lie channels-last."""
+    laid = []
+    monkeypatch.setattr("monai_privacy.distributed.dist.all_reduce", lambda t: laid.append((t.stride(), t.clone())))
+    values = torch.arange(24.0).reshape(1, 3, 2, 4)
+    found = ProcessGroup(0, 2).sum([values, values.to(memory_format=torch.channels_last)])
+    assert len({stride for stride, _ in laid}) == 1
+    assert all(torch.equal(one, values) for one in found)

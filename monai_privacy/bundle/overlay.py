@@ -114,6 +114,7 @@ def plan_bundle(config: BundleConfig, request: PrivacyRequest) -> BundlePlan:
     changes = {place: value for finding in findings for place, value in finding.changes.items()}
     training |= dict(sorted(changes.items(), key=lambda item: item[0].count("#")))
     network, unplaced = everywhere(network, [whole for _, _, whole in configs] or [config])
+    serving = [one for one in serving if not set(one.changes) & {note.where for note in unplaced}]
     network |= {place: value for finding in folder for place, value in finding.changes.items() if "#" not in place}
     return BundlePlan((*findings, *serving, *unplaced), training, network)
 

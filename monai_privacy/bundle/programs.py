@@ -26,8 +26,10 @@ _PROGRAMS = ("initialize", "run", "finalize")
 _HARMLESS = re.compile(
     r"\$\s*(import |from \w[\w.]* import |monai\.utils\.set_determinism\(|os\.makedirs\(|print\(|logging\.|warnings\."
     r"|setattr\(torch\.backends\.|torch\.backends\.|torch\.cuda\.(set_device|empty_cache)\(|torch\.set_float32"
-    r"|dist\.(init|destroy)_process_group\(|torch\.distributed\.(init|destroy)_process_group\(|gc\.collect\(|sys\.path\.(append|insert)\()"
+    r"|dist\.(init|destroy)_process_group\(|torch\.distributed\.(init|destroy)_process_group\(|gc\.collect\()"
 )
+_PATH = re.compile(r"\$\s*sys\.path\.(append|insert)\([^()]*\)")
+_OPEN = re.compile(r"\$\s*open\([^()]*\)")
 _CLOSE = re.compile(r"\$\s*@([\w#:]+)\.close\(\)")
 _FREEZE = re.compile(r"\$\s*monai\.networks\.utils\.freeze_layers\([^()]*\)")
 _RUN = re.compile(r"\$\s*@([\w#:]+)\.run\(\)")
@@ -92,12 +94,16 @@ def _is_harmless(config: BundleConfig, trainer: Node, statement: str) -> bool:
     if _ATTACH.fullmatch(statement.strip()) or _FREEZE.fullmatch(statement.strip()):
         return True
     if closed := _CLOSE.fullmatch(statement.strip()):
-        return str(config.get(closed[1])).startswith("$open(")
+        return _OPEN.fullmatch(str(config.get(closed[1])).strip()) is not None
     if reference := _REFERENCE.fullmatch(statement.strip()):
         target = str(config.follow(f"@{reference[1]}").argument("_target_") or "")
         return target.startswith("monai_privacy.")
-    parts = {trainer.id} | {config.argument(trainer, name).id for name in ("network", "optimizer", "train_data_loader")}
-    return bool(_HARMLESS.match(statement.strip())) and not parts & set(references(statement))
+    loader = config.argument(trainer, "train_data_loader")
+    dataset = config.argument(loader, "dataset")
+    parts = {trainer.id, loader.id, dataset.id, f"{dataset.id}#data", config.argument(dataset, "data").id}
+    parts |= {config.argument(trainer, name).id for name in ("network", "optimizer")}
+    known = _HARMLESS.match(statement.strip()) or _PATH.fullmatch(statement.strip())
+    return known is not None and not parts & set(references(statement))
 
 
 def _expressions(value: Any, place: str = "") -> Iterator[tuple[str, str]]:

@@ -28,6 +28,7 @@ __all__ = ["everywhere", "judge_serving", "serving_configs"]
 
 _OTHERS = ("metadata", "logging", "privacy", "multi_gpu", "mgpu")
 _LOADED = re.compile(r"torch\.load\(\s*@(\w+(?:(?:#|::)\w+)*)")
+_LOADING = re.compile(r"CheckpointLoader\(|torch\.load\(|jit\.load\(")
 _FILE = re.compile(r"/(?P<file>[^/'\"\s]+\.(?:pt|pth))(?P<end>['\"]?)$")
 
 
@@ -125,7 +126,7 @@ def _judge(
                           changes=convert(node), network=True)  # fmt: skip
     loaded = list(_loaded(own, whole))
     for node in loaded:
-        if any(reference in folders for reference in references(str(node.value))):
+        if any(reference in folders and "#" not in reference for reference in references(str(node.value))):
             continue  # the folder itself is another one
         private = _private(node, whole, training, folders)
         if private is None:
@@ -134,7 +135,7 @@ def _judge(
         else:
             yield Finding("changed", node.id, f"{name} loads the private network", changes={node.id: private},
                           network=True)  # fmt: skip
-    if whole is own and not (networks and loaded):
+    if (whole is own and not (networks and loaded)) or (not loaded and _evaluates(own, whole)) or _loads_unseen(own):
         yield Finding("noted", "", f"{name} does not show which network it uses, or which file it loads: it may be one "
                       "without privacy", "Name the private network's checkpoint after it", network=True)  # fmt: skip
 
@@ -153,6 +154,21 @@ def _loaded(own: BundleConfig, whole: BundleConfig) -> Iterator[Node]:
 
 def _is_reference(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"\$\s*@\w+(?:(?:#|::)\w+)*\s*", value) is not None
+
+
+def _evaluates(own: BundleConfig, whole: BundleConfig) -> bool:
+    """Whether a file runs something that is no training."""
+    trainers = {node.id for node in whole.trainers()}
+    run = own.get("run")
+    statements = [text for text in (run if isinstance(run, list) else [run]) if isinstance(text, str)]
+    return any(not trainers & set(references(text)) for text in statements)
+
+
+def _loads_unseen(own: BundleConfig) -> bool:
+    """Whether weights are loaded in a way that does not show here which."""
+    return any(_LOADING.search(text) and not _LOADED.search(text) for text in own.texts()) or any(
+        str(place).endswith("load_path") for place in own.content
+    )
 
 
 def _private(node: Node, whole: BundleConfig, training: BundleConfig, folders: Mapping[str, Any]) -> str | None:

@@ -171,6 +171,38 @@ def test_one_overlay_follows_evaluation_and_inference(tmp_path, inferred, evalua
         assert all(torch.equal(loaded[key], saved[key]) for key in saved)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"validate#handlers#0#load_path": "$@bundle_root + '/models/model.pt'"},
+        {"initialize": ["$monai.handlers.CheckpointLoader(@bundle_root + '/models/model.pt', {'model': @network})"]},
+        {"network": "$torch.jit.load(@bundle_root + '/models/model.ts')"},
+        {"run": ["$@validate#evaluator.run()"]},
+    ],
+)
+def test_an_evaluation_that_does_not_show_what_it_loads_is_noted(tmp_path, change):
+    root = write_bundle(tmp_path / "bundle")
+    evaluate = root / "configs" / "evaluate.json"
+    evaluate.write_text(json.dumps(EVALUATE), encoding="utf-8")
+    assert not says(verdicts(root), "noted", "evaluate.json")
+    hidden = {key: value for key, value in EVALUATE.items() if key != "validate#handlers"}
+    evaluate.write_text(json.dumps(hidden | change), encoding="utf-8")
+    assert says(verdicts(root), "noted", "evaluate.json does not show which", "without privacy")
+
+
+def test_a_folder_that_stands_inside_a_handler_is_followed(tmp_path):
+    def change(config):
+        config["train"]["handlers"][2]["save_dir"] = "$@bundle_root + '/models'"
+        config["validate"]["handlers"].pop()
+
+    root = write_bundle(tmp_path / "bundle", change=change)
+    evaluate = copy.deepcopy(EVALUATE)
+    evaluate["validate#handlers"][0]["load_path"] = "$@train#handlers#2#save_dir + '/model.pt'"
+    (root / "configs" / "evaluate.json").write_text(json.dumps(evaluate), encoding="utf-8")
+    found = verdicts(root)
+    assert says(found, "changed", "evaluate.json loads the private network") or says(found, "noted", "evaluate.json")
+
+
 def test_changes_that_no_one_overlay_can_make_are_noted():
     def config(content: dict) -> BundleConfig:
         return BundleConfig((), Path(), content)
@@ -195,12 +227,20 @@ def test_changes_that_no_one_overlay_can_make_are_noted():
 
 def test_what_bundles_run_besides_is_known(tmp_path):
     def change(config):
-        config |= {"file": "$open(@dataset_dir + '/x.json', 'w')", "other": "$object()"}
+        config |= {
+            "file": "$open(@dataset_dir + '/x.json', 'w')",
+            "other": "$object()",
+            "log": "$open('ids', 'w') if print(*@train#dataset) is None else 0",
+        }
         config["initialize"] += ["$import sys", "$sys.path.append(@bundle_root)"]
-        config["finalize"] = ["$@file.close()", "$@other.close()"]
+        config["initialize"] += ["$sys.path.append('.') or print(*@train#dataset)", "$print(*@train#dataset#data)"]
+        config["finalize"] = ["$@file.close()", "$@other.close()", "$@log.close()"]
 
     found = verdicts(write_bundle(tmp_path / "bundle", change=change))
-    assert not says(found, "noted", "sys.path")
+    assert says(found, "noted", "finalize#2", "@log.close")
+    assert says(found, "refused", "initialize#3", "looks at training patients")
+    assert says(found, "refused", "initialize#4", "looks at training patients")
+    assert not says(found, "noted", "initialize#2")
     assert not says(found, "noted", "@file.close")
     assert says(found, "noted", "finalize#1", "@other.close")
 
@@ -310,14 +350,18 @@ def test_what_cannot_be_private_is_refused_at_run_time(tmp_path):
 
 @pytest.mark.slow(seconds=30)
 def test_with_the_bundles_own_multi_gpu_overlay(tmp_path):
-    root = write_bundle(tmp_path / "bundle")
-    overlay, _ = overlays(root)
-    names = str([f"configs/{name}" for name in ("train.json", "multi_gpu_train.json", overlay.name)])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         "-m", "monai.bundle", "run", "--config_file", names],
-        cwd=root, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    for attempt in range(3):
+        root = write_bundle(tmp_path / f"bundle{attempt}")
+        overlay, _ = overlays(root)
+        names = str([f"configs/{name}" for name in ("train.json", "multi_gpu_train.json", overlay.name)])
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             "-m", "monai.bundle", "run", "--config_file", names],
+            cwd=root, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        # Torch's gloo aborts now and then when it is taken down, after everything was done (torch 2.13).
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     entry = entry_of(root)
     assert (entry.state, entry.steps) == ("committed", 8)

@@ -723,12 +723,14 @@ def test_onednn_is_offered_where_it_can_multiply(monkeypatch):
 def test_norms_are_taken_in_full_precision_on_a_cpu():
     """On processors that multiply bfloat16, "medium" rounds to it: norms would be of other numbers than the sum."""
     settings = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    before_conv = settings[1].fp32_precision
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         with full_precision(torch.zeros(1)):
-            assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
-        assert settings[0].fp32_precision == "bf16"
+            assert settings[0].fp32_precision == "ieee"
+            assert settings[1].fp32_precision in ("none", "ieee")
+        assert (settings[0].fp32_precision, settings[1].fp32_precision) == ("bf16", before_conv)
         with pytest.raises(KeyError), full_precision(torch.zeros(1)):
             raise KeyError
         assert torch.get_float32_matmul_precision() == "medium"
@@ -832,8 +834,9 @@ def test_huge_gradients_are_bounded(name, exponent, where):
 
     for method in methods:
         clipper = GradientClipper(network, loss, method="one_pass")
-        clipper._chooser = Forced(method)
+        clipper._chooser = chooser = Forced(method)
         found = clipper((inputs, torch.zeros(3)), patients, 0.5)
+        assert chooser.times_used or not method or not has_onednn(torch.zeros(1))
         assert torch.isfinite(flat(found.gradients)).all()
         assert float(flat(found.gradients).double().norm()) <= 2 * 0.5 * (1 + 1e-4)
         alone = clipper((inputs[:1], torch.zeros(1)), patients[:1], 0.5)
@@ -994,3 +997,50 @@ def test_gram_matrices_of_any_geometry_give_the_norms_of_the_gradients_themselve
     expected = rule._collect("loop", x, gradient, weight, units).squared_norms()
     found = rule._collect("gram", x, gradient, weight, units).squared_norms()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_inherited_precision_stays_inherited():
+    settings = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "bf16"
+        with full_precision(torch.zeros(1)):
+            assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+        assert [setting.fp32_precision for setting in settings] == ["bf16", "bf16"]
+        torch.backends.fp32_precision = "ieee"
+        assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_norm_and_sum_are_of_the_same_numbers_whatever_precision_is_set(monkeypatch):
+    """What forms them runs where the setting is off, the sum of kept gradients too."""
+    seen: list[str] = []
+
+    def watched(self, *arguments, real=UnitGradients.weighted_sum):
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(UnitGradients, "weighted_sum", watched)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        network, (inputs, targets) = small()
+        clipper = GradientClipper(network.float(), CROSS_ENTROPY, method="one_pass", repeatable=True)
+        clipper((inputs.float(), targets), UNEQUAL, 0.1)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"ieee"}
+
+
+def test_a_layer_without_parameters_may_be_made_anew_in_forward():
+    class Anew(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, inputs):
+            self.act = nn.Tanh()
+            return self.act(self.layer(inputs))
+
+    assert_exact(Anew().double(), Case(nn.Identity, (4,)).batch(6), UNEQUAL, faults="", loss=CROSS_ENTROPY)

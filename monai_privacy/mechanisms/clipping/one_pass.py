@@ -26,6 +26,7 @@ from monai_privacy.mechanisms.clipping.chunk import Chunk
 from monai_privacy.mechanisms.clipping.interception import Interception, Key, Listener, Pass, Use
 from monai_privacy.mechanisms.clipping.materials import Material, added, bundled, clip_factors, unless_all
 from monai_privacy.mechanisms.clipping.operation import NormMethod, Wanted
+from monai_privacy.mechanisms.clipping.precision import full_precision
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 from monai_privacy.mechanisms.clipping.units import Units
 from monai_privacy.mechanisms.losses import RowLoss
@@ -129,18 +130,19 @@ def summed(
     norms, factors, counts = clip_factors(everything, max_grad_norm)
     finite = unless_all(counts)
     del everything
-    sums = {key: bundle.gradients.weighted_sum(factors, finite).split(bundle.sizes) for key, bundle in bundles.items()}
     gradients = []
-    for at, parameter in enumerate(parameters):
-        if at in places:
-            bundle, number = places[at]
-            total = sums[id(bundle)][number]
-        elif at in alone:
-            # Taken out one by one, so that the memory goes as the sums come.
-            total = alone.pop(at).weighted_sum(factors, finite)
-        else:
-            total = torch.zeros_like(parameter)
-        gradients.append(total.reshape(parameter.shape).to(parameter.dtype))
+    with full_precision(norms):
+        sums = {at: one.gradients.weighted_sum(factors, finite).split(one.sizes) for at, one in bundles.items()}
+        for at, parameter in enumerate(parameters):
+            if at in places:
+                bundle, number = places[at]
+                total = sums[id(bundle)][number]
+            elif at in alone:
+                # Taken out one by one, so that the memory goes as the sums come.
+                total = alone.pop(at).weighted_sum(factors, finite)
+            else:
+                total = torch.zeros_like(parameter)
+            gradients.append(total.reshape(parameter.shape).to(parameter.dtype))
     return ClippedGradientSum(tuple(gradients), norms)
 
 

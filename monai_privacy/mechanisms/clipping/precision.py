@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,14 +34,17 @@ def full_precision(like: Tensor) -> Iterator[None]:
             torch.backends.cuda.matmul.allow_tf32 = matmul
         return
     # set_float32_matmul_precision("medium") lets oneDNN round to bfloat16 on processors that multiply it.
-    settings = [
-        getattr(torch.backends.mkldnn, name) for name in ("matmul", "conv") if hasattr(torch.backends.mkldnn, name)
+    onednn: Any = torch.backends.mkldnn
+    settings = [getattr(onednn, name) for name in ("matmul", "conv") if hasattr(onednn, name)]
+    lowered = [setting for setting in settings if setting.fp32_precision not in ("none", "ieee")]
+    # What is only inherited goes back to being so: the user may change it above.
+    before = [
+        "none" if setting.fp32_precision == onednn.fp32_precision else setting.fp32_precision for setting in lowered
     ]
-    before = [setting.fp32_precision for setting in settings]
-    for setting in settings:
+    for setting in lowered:
         setting.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for setting, value in zip(settings, before, strict=True):
+        for setting, value in zip(lowered, before, strict=True):
             setting.fp32_precision = value
