@@ -1001,8 +1001,10 @@ def test_gram_matrices_of_any_geometry_give_the_norms_of_the_gradients_themselve
 
 def test_inherited_precision_stays_inherited():
     settings = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
-    before = torch.backends.fp32_precision
+    before, before_each = torch.backends.fp32_precision, [setting.fp32_precision for setting in settings]
     try:
+        for setting in settings:  # set_float32_matmul_precision, called earlier, sets one of them
+            setting.fp32_precision = "none"
         torch.backends.fp32_precision = "bf16"
         with full_precision(torch.zeros(1)):
             assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
@@ -1011,6 +1013,8 @@ def test_inherited_precision_stays_inherited():
         assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
     finally:
         torch.backends.fp32_precision = before
+        for setting, value in zip(settings, before_each, strict=True):
+            setting.fp32_precision = value
 
 
 def test_norm_and_sum_are_of_the_same_numbers_whatever_precision_is_set(monkeypatch):
