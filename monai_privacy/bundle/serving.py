@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,30 @@ _FILE = re.compile(r"/(?P<file>[^/'\"\s]+\.(?:pt|pth))(?P<end>['\"]?)$")
 
 def serving_configs(config: BundleConfig) -> list[tuple[Path, BundleConfig, BundleConfig]]:
     """The configs of evaluation and inference beside those of a training: each file, what stands in it, and as it is run."""
+    paths = [
+        path for path in sorted(config.files[0].parent.iterdir())
+        if path.suffix in (".json", ".yaml", ".yml") and not path.stem.startswith(_OTHERS) and path not in config.files
+    ]  # fmt: skip
     found = []
-    for path in sorted(config.files[0].parent.iterdir()):
-        if path.suffix in (".json", ".yaml", ".yml") and not path.stem.startswith(_OTHERS) and path not in config.files:
-            try:
-                own = _alone(path, config)
-                whole = own if _is_whole(own) else read_bundle([*config.files, path])
-            except ValueError:
-                continue  # no config
-            if not whole.trainers() or whole is not own:
-                found.append((path, own, whole))
+    for path in paths:
+        try:
+            own = _alone(path, config)
+            whole = (
+                own if _is_whole(own) else _merged(path, [list(config.files), *([one] for one in paths if one != path)])
+            )
+        except ValueError:
+            continue  # no config
+        if not whole.trainers() or whole is not own:
+            found.append((path, own, whole))
     return found
+
+
+def _merged(path: Path, before: Sequence[list[Path]]) -> BundleConfig:
+    """The file after the first of those that it can follow: a training, or another config of inference."""
+    for files in before[:-1]:
+        with suppress(ValueError):
+            return read_bundle([*files, path])
+    return read_bundle([*before[-1], path])
 
 
 def judge_serving(

@@ -190,6 +190,13 @@ def test_an_evaluation_that_does_not_show_what_it_loads_is_noted(tmp_path, chang
     assert says(verdicts(root), "noted", "evaluate.json does not show which", "without privacy")
 
 
+def test_a_config_that_follows_inference_is_read_after_it(tmp_path):
+    root = write_bundle(tmp_path / "bundle")
+    change = {"handlers#0#_disabled_": True, "network": "$torch.jit.load(@bundle_root + '/models/model_trt.ts')"}
+    (root / "configs" / "inference_trt.json").write_text(json.dumps(change), encoding="utf-8")
+    assert says(verdicts(root), "noted", "inference_trt.json does not show which", "without privacy")
+
+
 def test_a_folder_that_stands_inside_a_handler_is_followed(tmp_path):
     def change(config):
         config["train"]["handlers"][2]["save_dir"] = "$@bundle_root + '/models'"
