@@ -11,7 +11,8 @@
 
 """Products of float32 matrices by oneDNN, which torch has for compiled networks and not for its own ``bmm``.
 
-Torch multiplies float32 matrices on a CPU by MKL, which leaves much of an AMD processor unused; convolutions go to oneDNN. Where per-patient gradients of a convolution are matrix products, they should be no slower than it is.
+Torch multiplies float32 matrices on a CPU by MKL, which leaves much of an AMD processor unused; convolutions go to oneDNN.
+Where per-patient gradients of a convolution are matrix products, they should be no slower than it is.
 """
 
 from __future__ import annotations
