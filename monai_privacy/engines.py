@@ -62,8 +62,8 @@ from monai_privacy.requirements import (
 from monai_privacy.train_statistics import NO_STATISTICS, merged, training_statistics
 
 _ENTRY = "ledger_entry"
-# Calls of the network for fewer pixels than this spend their time in book-keeping.
-_PIXELS = 1 << 19
+# Calls of the network for fewer pixels spend their time in book-keeping, and for many more wait for memory.
+_PIXELS = 1 << 18
 
 
 class DPSupervisedTrainer(SupervisedTrainer):
@@ -93,7 +93,7 @@ class DPSupervisedTrainer(SupervisedTrainer):
         ledger: where each step is recorded before it is released.
         max_physical_batch_size: most rows in one call of the network; does not change the result. Where None, the
             loader's own batch size, since what fitted into memory without privacy does so with it, and more of images
-            so small that half a million pixels are not reached.
+            so small that a quarter of a million pixels are not reached.
         clipping_method: see ``GradientClipper``.
         patient_key: key of the patient's id in the dataset's records.
         release_train_statistics: let the training loss, predictions and training metrics leave without noise. They are

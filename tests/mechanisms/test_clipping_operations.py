@@ -28,11 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 from monai_privacy.mechanisms.clipping import ClippedGradientSum, GradientClipper
 from monai_privacy.mechanisms.clipping.choosing import MemoryBudget, MethodChooser
+from monai_privacy.mechanisms.clipping.chunk import chunks
 from monai_privacy.mechanisms.clipping.convolution import ConvolutionRule
 from monai_privacy.mechanisms.clipping.materials import UnitGradients
 from monai_privacy.mechanisms.clipping.onednn import has_onednn, onednn_products
 from monai_privacy.mechanisms.clipping.operation import NormMethod
 from monai_privacy.mechanisms.clipping.precision import full_precision
+from monai_privacy.mechanisms.clipping.unfolding import Unfolding
 from monai_privacy.mechanisms.clipping.units import Units
 from monai_privacy.networks import FoldedBatchNorm
 
@@ -156,6 +158,17 @@ class Twice(nn.Module):
 
     def forward(self, inputs):
         return self.layer(torch.tanh(self.layer(inputs)))
+
+
+class BothWays(nn.Module):
+    """A layer on an image and on the same, turned round."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs):
+        return self.layer(inputs) + torch.tanh(self.layer(inputs.flip(-1)))
 
 
 class TiedTransposed(nn.Module):
@@ -364,6 +377,10 @@ CASES = {
     "prelu of channels": Case(lambda: slopes(nn.PReLU(4)), (4, 3, 3)),
     "prelu on vectors": Case(lambda: slopes(nn.PReLU(4)), (4,)),
     "conv used twice": Case(lambda: Twice(nn.Conv1d(6, 6, 3, padding=1)), (6, 5), ("loop", "grouped", "unfold")),
+    "conv to fewer channels": Case(lambda: nn.Conv2d(8, 2, (3, 2), padding=1, dilation=(1, 2)), (8, 5, 4), DENSE),
+    "conv to fewer channels used twice": Case(
+        lambda: BothWays(nn.Conv2d(6, 2, (3, 2), padding=(1, 0))), (6, 6, 5), ("loop", "grouped", "unfold")
+    ),
     "pointwise used twice": Case(lambda: Twice(nn.Conv2d(6, 6, 1)), (6, 2, 2), ("loop", "grouped", "product")),
     "transposed used twice": Case(lambda: Twice(nn.ConvTranspose1d(6, 6, 3)), (6, 4), ("loop", "grouped")),
     "linear used twice": Case(lambda: Twice(nn.Linear(5, 5)), (3, 5), ("product",)),
@@ -599,7 +616,8 @@ def convolutions(draw):
         return Case(lambda: layer(many, few, kernel, **options), (many, *space))
     space = tuple(max(1, s - 2 * p) + e for s, p, e in zip(span, padding, extra, strict=True))
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-    return Case(lambda: layer(few, many, kernel, **options), (few, *space))
+    first, last = (many, few) if draw(st.booleans()) else (few, many)
+    return Case(lambda: layer(first, last, kernel, **options), (first, *space))
 
 
 patients_of_rows = st.lists(st.integers(0, 4), min_size=1, max_size=7)
@@ -695,8 +713,8 @@ def test_products_by_onednn(size, counts):
     width, other, length = size
     units, generator = Units(counts), torch.Generator().manual_seed(0)
     gradients = torch.randn((units.rows, length, width), generator=generator).transpose(1, 2)
-    inputs = torch.randn((units.rows, other, 2 * length), generator=generator)[:, :, ::2]
-    expected = units.sum(gradients.double() @ inputs.double().transpose(1, 2))
+    inputs = torch.randn((units.rows, other, 2 * length), generator=generator)[:, :, ::2].transpose(1, 2)
+    expected = units.sum(gradients.double() @ inputs.double())
     found = torch.full((units.number, width, other), float("nan"))
     onednn_products(gradients, inputs, units, found)
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6 * length)
@@ -997,6 +1015,66 @@ def test_gram_matrices_of_any_geometry_give_the_norms_of_the_gradients_themselve
     expected = rule._collect("loop", x, gradient, weight, units).squared_norms()
     found = rule._collect("gram", x, gradient, weight, units).squared_norms()
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(geometry=geometries(), channels=st.sampled_from([(1, 4), (4, 1), (2, 3), (5, 2)]))
+@example(
+    geometry=(ConvolutionRule((1,), (0,), (1,), 1), (2,), (3,), False, (1, 1)), channels=(3, 2)
+)  # one side is longer
+@example(geometry=(ConvolutionRule((1,), (2,), (1,), 1), (2,), (3,), False, (1, 1)), channels=(4, 1))  # much padding
+@example(geometry=(ConvolutionRule((1, 1), (1, 0), (1, 2), 1), (3, 2), (4, 5), False, (1, 3, 2)), channels=(4, 1))
+def test_unfolding_of_any_geometry_gives_the_gradients_themselves(geometry, channels):
+    rule, kernel, shape, _, counts = geometry
+    rule, units, generator = replace(rule, groups=1), Units(counts), torch.Generator().manual_seed(0)
+    x = torch.randn((units.rows, channels[0], *shape), generator=generator, dtype=torch.float64)
+    weight = torch.randn((channels[1], channels[0], *kernel), generator=generator, dtype=torch.float64)
+    gradient = torch.randn(rule.run(x, weight, None)[0].shape, generator=generator, dtype=torch.float64)
+    factors = torch.rand(units.number, generator=generator, dtype=torch.float64)
+    form = rule._forms(x, gradient, weight)[2]
+    expected = rule._collect("loop", x, gradient, weight, units)
+    found = rule._collect(form, x, gradient, weight, units)
+    torch.testing.assert_close(found.arranged, expected.values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.squared_norms(), expected.squared_norms(), rtol=1e-12, atol=1e-12)
+    sums = [material.weighted_sum(factors, None) for material in (found, expected)]
+    torch.testing.assert_close(*sums, rtol=1e-12, atol=1e-12)
+
+
+def test_the_side_with_fewer_numbers_is_unfolded():
+    """A stride, or padding beyond the kernel, leaves the input only."""
+
+    def turned(channels: tuple[int, int], kernel: int = 3, **options: int) -> bool:
+        layer = nn.Conv2d(*channels, kernel, **options)
+        x = torch.zeros(1, channels[0], 9, 9)
+        sizes = layer.stride, layer.padding, layer.dilation
+        return Unfolding.cheapest(x, layer(x), layer.weight, *sizes).turned
+
+    assert turned((8, 2))
+    assert turned((8, 2), padding=2, dilation=2)
+    assert not turned((2, 8))
+    assert not turned((4, 4))  # the input's patches are fewer
+    assert not turned((8, 2), stride=2)
+    assert not turned((8, 2), padding=3)
+    assert not turned((8, 2), kernel=1)
+
+
+@pytest.mark.parametrize("counts", [[1] * 9, [2, 5, 1, 1, 4, 3, 1], [7, 7, 7], [12, 1, 1], []])
+@pytest.mark.parametrize("most", [1, 4, 8, 100])
+def test_chunks_are_whole_patients_and_about_equal(counts, most):
+    patients = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+    found = [chunk.units.counts for chunk in chunks((patients, patients), patients, None, most)]
+    assert [count for group in found for count in group] == counts
+    assert all(sum(group) <= most or len(group) == 1 for group in found)
+    if counts and most >= max(counts):
+        # Equal but for a patient, and no more of them than need be, but where whole patients leave room.
+        fair = sum(counts) / -(-sum(counts) // most)
+        assert all(sum(group) < fair + max(counts) for group in found)
+
+
+def test_a_small_rest_is_no_chunk_of_its_own():
+    patients = torch.arange(9)
+    found = [len(chunk.rows) for chunk in chunks((patients, patients), patients, None, 8)]
+    assert found == [5, 4]
 
 
 def test_inherited_precision_stays_inherited():

@@ -25,7 +25,7 @@ from monai_privacy.mechanisms.clipping.units import Units
 
 # Beside what plain training needs at its peak; the rest is what the backward pass has freed so far.
 _ALLOWANCE = 0.06
-_LEAST_ALLOWANCE = 16 << 20
+_LEAST_ALLOWANCE = 32 << 20
 # A second run of a slow method would tell little and cost much.
 _CLEARLY_SLOWER = 2.0
 

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,12 +66,16 @@ def chunks(
 
 
 def _groups(counts: list[int], max_rows: int) -> Iterator[list[int]]:
+    """Whole patients in groups of about equal size: a small one at the end would be measured anew."""
     group: list[int] = []
+    rows, size = sum(counts), 0
+    fair = rows / math.ceil(rows / max_rows) if rows else 0.0
     for count in counts:
-        if group and sum(group) + count > max_rows:
+        if group and (size >= fair or size + count > max_rows):
             yield group
-            group = []
+            group, size = [], 0
         group.append(count)
+        size += count
     if group:
         yield group
 

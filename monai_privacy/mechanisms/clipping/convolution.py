@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from monai_privacy.mechanisms.clipping.materials import Material, Postponed, UnitGradients, measured, squared_norms
 from monai_privacy.mechanisms.clipping.onednn import has_onednn, onednn_products
@@ -36,6 +35,7 @@ from monai_privacy.mechanisms.clipping.operation import (
     wide,
 )
 from monai_privacy.mechanisms.clipping.precision import full_precision
+from monai_privacy.mechanisms.clipping.unfolding import Unfolding
 from monai_privacy.mechanisms.clipping.units import Units
 
 _backward = torch.ops.aten.convolution_backward.default
@@ -154,14 +154,17 @@ class ConvolutionRule(OperationRule):
         form = name.removesuffix(_NORMS)
         most = self._run_rows(form, x, gradient, weight, units)
         if name == form:
+            unfolding = self._unfolding(form, x, gradient, weight)
+            arrange = None if unfolding is None else unfolding.arranged
             if most == units.rows:
-                return measured(self._form(form, x, gradient, weight, units))
-            values, squares, done = weight.new_empty((units.number, *weight.shape), dtype=wide(weight[:0]).dtype), [], 0
+                return measured(self._form(form, x, gradient, weight, units), arrange)
+            shape = weight.shape if unfolding is None else unfolding.shape(weight)
+            values, squares, done = weight.new_empty((units.number, *shape), dtype=wide(weight[:0]).dtype), [], 0
             for rows, run in units.runs(most):
                 part = self._form(form, x[rows], gradient[rows], weight, run, out=values[done : done + run.number])
                 squares.append(squared_norms(part))
                 done += run.number
-            return UnitGradients(values, torch.cat(squares))
+            return UnitGradients(values, torch.cat(squares), arrange)
         with full_precision(x):
             squares = [
                 squared_norms(self._form(form, wide(x[rows]), wide(gradient[rows]), wide(weight), run))
@@ -177,34 +180,37 @@ class ConvolutionRule(OperationRule):
             forms += [form, form + _ONEDNN] if has_onednn(x) and has_onednn(gradient) else [form]
         return forms
 
+    def _unfolding(self, form: str, x: Tensor, gradient: Tensor, weight: Tensor) -> Unfolding | None:
+        """How a form that is a matrix product takes the convolution apart."""
+        if form in ("loop", "grouped"):
+            return None
+        return Unfolding.cheapest(x, gradient, weight, self.stride, self.padding, self.dilation)
+
     def _run_rows(self, form: str, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> int:
         """How many rows are worked on at once: what is made of them passes through the cache, not through memory."""
         return min(units.rows, max(_RUN_BYTES // self._row_bytes(form, x, gradient, weight), *units.counts))
 
     def _row_bytes(self, form: str, x: Tensor, gradient: Tensor, weight: Tensor) -> int:
         """What a form makes for a row, about."""
-        size = weight.numel() * max(4, weight.element_size())
-        if not form.startswith("unfold"):
-            return size
-        return size + (weight[0].numel() * math.prod(gradient.shape[2:]) + x[0].numel()) * x.element_size()
+        unfolding = self._unfolding(form, x, gradient, weight)
+        return weight.numel() * max(4, weight.element_size()) + (unfolding.row_bytes(x, gradient) if unfolding else 0)
 
     def _form(
         self, form: str, x: Tensor, gradient: Tensor, weight: Tensor, units: Units, out: Tensor | None = None
     ) -> Tensor:
-        """(P, *weight.shape) gradients of units; ``out``, where given."""
-        values = weight.new_empty((units.number, *weight.shape), dtype=wide(weight[:0]).dtype) if out is None else out
-        if form == "loop":
+        """(P, ...) gradients of units, as the form lays them; ``out``, where given."""
+        unfolding = self._unfolding(form, x, gradient, weight)
+        shape = weight.shape if unfolding is None else unfolding.shape(weight)
+        values = weight.new_empty((units.number, *shape), dtype=wide(weight[:0]).dtype) if out is None else out
+        if unfolding is not None:
+            multiply = onednn_products if form.endswith(_ONEDNN) else unit_products
+            multiply(*unfolding.factors(x, gradient), units, values.view(units.number, shape[0], -1))
+        elif form == "loop":
             for unit, rows in enumerate(units.slices()):
                 values[unit] = self._weight_gradient(x[rows], gradient[rows], weight)
-        elif form == "grouped":
+        else:
             by_row = self._grouped(x, gradient, weight)
             values.copy_(units.sum(wide(by_row)).view_as(values))
-        else:
-            seen = self._pixels(x) if form.startswith("product") else self._patches(x, weight, gradient)
-            if form.endswith(_ONEDNN):
-                onednn_products(gradient.flatten(2), seen, units, values.flatten(2))
-            else:
-                unit_products(gradient.flatten(2), seen.transpose(1, 2), units, values.flatten(2))
         return values
 
     def _weight_gradient(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
@@ -221,25 +227,6 @@ class ConvolutionRule(OperationRule):
             weight.new_empty((rows * weight.shape[0], *weight.shape[1:])),  # only its shape is asked for
         )
         return values.unflatten(0, (rows, -1))
-
-    def _pixels(self, x: Tensor) -> Tensor:
-        """(R, C_in, L) what a pointwise convolution sees: its weight's gradient is one matrix product a row."""
-        steps = [slice(None, None, step) for step in self.stride]
-        return x[(slice(None), slice(None), *steps)].flatten(2)
-
-    def _patches(self, x: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
-        """(R, C_in K, L) patches side by side, for one matrix product a row: where a loop of convolutions costs more."""
-        padding = [p for p in reversed(self.padding) for _ in range(2)]
-        image = functional.pad(x, padding) if any(padding) else x
-        rows, channels, *spatial = image.stride()
-        within = [n * d for n, d in zip(spatial, self.dilation, strict=True)]
-        between = [n * s for n, s in zip(spatial, self.stride, strict=True)]
-        patches = image.as_strided(
-            (*x.shape[:2], *weight.shape[2:], *gradient.shape[2:]),
-            (rows, channels, *within, *between),
-            image.storage_offset(),
-        )
-        return patches.reshape(len(x), weight[0].numel(), -1)
 
     def _gram(self, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> Material:
         """Inner products of patches times those of output gradients, summed over pairs of positions.

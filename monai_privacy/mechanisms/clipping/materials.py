@@ -35,12 +35,19 @@ class UnitGradients:
     """The gradient of each unit with respect to one parameter.
 
     Args:
-        values: (P, *shape of the parameter).
+        values: (P, ...), for each unit the numbers of its gradient.
         squares: (P,) float64, where they are known already.
+        arrange: from (n, ...) like ``values`` to (n, *shape of the parameter); None where they have that shape.
     """
 
     values: Tensor
     squares: Tensor | None = None
+    arrange: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def arranged(self) -> Tensor:
+        """(P, *shape of the parameter)."""
+        return self.values if self.arrange is None else self.arrange(self.values)
 
     def squared_norms(self) -> Tensor:
         """(P,) float64."""
@@ -52,7 +59,8 @@ class UnitGradients:
         if finite is not None:
             # Zero times infinity is not a number.
             flat = torch.where(finite[:, None], flat, 0)
-        return (factors.to(flat.dtype) @ flat).reshape(self.values.shape[1:])
+        total = (factors.to(flat.dtype) @ flat).reshape(self.values.shape[1:])
+        return total if self.arrange is None else self.arrange(total[None])[0]
 
     @property
     def nbytes(self) -> int:
@@ -136,12 +144,12 @@ def squared_norms(values: Tensor) -> Tensor:
     return parts
 
 
-def measured(values: Tensor) -> UnitGradients:
+def measured(values: Tensor, arrange: Callable[[Tensor], Tensor] | None = None) -> UnitGradients:
     """(P, ...) gradients that nobody else holds; of large ones the norms are taken at once, from the cache.
 
     Small ones will be measured together with others.
     """
-    return UnitGradients(values, squared_norms(values) if values[0].numel() > _CHUNK else None)
+    return UnitGradients(values, squared_norms(values) if values[0].numel() > _CHUNK else None, arrange)
 
 
 def added(materials: Sequence[Material]) -> Material:
@@ -155,7 +163,7 @@ def added(materials: Sequence[Material]) -> Material:
     kept = [material for material in materials if isinstance(material, UnitGradients)]
     if len(kept) != len(materials):
         raise ValueError("a parameter that is used more than once needs the units' gradients, not their norms.")
-    return UnitGradients(torch.stack([material.values for material in kept]).sum(0))
+    return UnitGradients(torch.stack([material.arranged for material in kept]).sum(0))
 
 
 def unless_all(finite: Tensor) -> Tensor | None:
@@ -174,7 +182,7 @@ def bundled(materials: Mapping[int, Material]) -> tuple[dict[int, Material], dic
     groups: dict[tuple[torch.dtype, torch.device], dict[int, Tensor]] = {}
     for at, material in materials.items():
         if isinstance(material, UnitGradients) and material.values[0].numel() <= _CHUNK:
-            groups.setdefault((material.values.dtype, material.values.device), {})[at] = material.values
+            groups.setdefault((material.values.dtype, material.values.device), {})[at] = material.arranged
         else:
             alone[at] = material
     places: dict[int, tuple[Bundle, int]] = {}

@@ -38,13 +38,13 @@ def has_onednn(x: Tensor) -> bool:
 
 
 def onednn_products(gradients: Tensor, inputs: Tensor, units: Units, out: Tensor) -> None:
-    """(R, N, L) and (R, M, L) float32 matrices to ``out``, the (P, N, M) sums over each unit's rows of gradient inputᵀ."""
+    """(R, N, L) and (R, L, M) float32 matrices to ``out``, the (P, N, M) sums of their products over each unit's rows."""
     multiply = torch.ops.mkldnn._linear_pointwise.default
     turned = gradients.shape[2] >= _LONG * gradients.shape[1]
     for total, rows in zip(out.unbind(), units.slices(), strict=True):
         for at, (gradient, x) in enumerate(zip(gradients[rows].unbind(), inputs[rows].unbind(), strict=True)):
-            one, other = (x, gradient) if turned else (gradient, x)
-            product = multiply(one.contiguous(), other.contiguous(), None, "none", [], "")
+            one, other = (x.T, gradient) if turned else (gradient, x.T)
+            product = multiply(one, other, None, "none", [], "")
             product = product.T if turned else product
             if at == 0:
                 total.copy_(product)
