@@ -68,12 +68,12 @@ def chunks(
 def _groups(counts: list[int], max_rows: int) -> Iterator[list[int]]:
     """Whole patients in groups of about equal size: a small one at the end would be measured anew."""
     group: list[int] = []
-    rows, size = sum(counts), 0
-    fair = rows / math.ceil(rows / max_rows) if rows else 0.0
+    left, size = sum(counts), 0
     for count in counts:
-        if group and (size >= fair or size + count > max_rows):
+        # What is left, in as few groups as could hold it.
+        if group and (size * math.ceil(left / max_rows) >= left or size + count > max_rows):
             yield group
-            group, size = [], 0
+            group, left, size = [], left - size, 0
         group.append(count)
         size += count
     if group:

@@ -60,7 +60,8 @@ class UnitGradients:
             # Zero times infinity is not a number.
             flat = torch.where(finite[:, None], flat, 0)
         total = (factors.to(flat.dtype) @ flat).reshape(self.values.shape[1:])
-        return total if self.arrange is None else self.arrange(total[None])[0]
+        # In order, as parameters lie: fused optimizers read memory and not strides.
+        return total if self.arrange is None else self.arrange(total[None])[0].contiguous()
 
     @property
     def nbytes(self) -> int:

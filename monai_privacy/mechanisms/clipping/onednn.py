@@ -44,9 +44,14 @@ def onednn_products(gradients: Tensor, inputs: Tensor, units: Units, out: Tensor
     for total, rows in zip(out.unbind(), units.slices(), strict=True):
         for at, (gradient, x) in enumerate(zip(gradients[rows].unbind(), inputs[rows].unbind(), strict=True)):
             one, other = (x.T, gradient) if turned else (gradient, x.T)
-            product = multiply(one, other, None, "none", [], "")
+            product = multiply(_dense(one), _dense(other), None, "none", [], "")
             product = product.T if turned else product
             if at == 0:
                 total.copy_(product)
             else:
                 total.add_(product)
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """With rows or columns side by side: oneDNN may take other strides, as those of expanded tensors, for something else."""
+    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()

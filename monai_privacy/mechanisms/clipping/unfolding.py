@@ -23,7 +23,7 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Unfolding:
-    """A convolution of one group, one of whose sides is copied into patches, channels last.
+    """A convolution of one group, one of whose sides is copied into patches, channels last, where they are not pixels.
 
     With a stride of one it can be read from either side: what an output's gradient gives to the input's pixels around it
     is a convolution as well. The side with fewer numbers is the one to copy.
@@ -66,9 +66,10 @@ class Unfolding:
         """What is copied for a row, about."""
         if self.is_pointwise:
             return 0
-        copied, other = (gradient, x) if self.turned else (x, gradient)
-        patches = copied.shape[1] * math.prod(self.kernel) * math.prod(other.shape[2:])
-        return (patches + copied[0].numel()) * copied.element_size()
+        copied, other, padding = (gradient, x, self._outer_padding) if self.turned else (x, gradient, self.padding)
+        padded = math.prod(n + 2 * p for n, p in zip(copied.shape[2:], padding, strict=True))
+        patches = math.prod(self.kernel) * math.prod(other.shape[2:])
+        return copied.shape[1] * (patches + padded) * copied.element_size()
 
     def factors(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """(R, N, L) and (R, L, K M): their products are the rows' gradients, of the shape (N, *kernel, M).
