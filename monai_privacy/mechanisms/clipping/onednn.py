@@ -53,5 +53,5 @@ def onednn_products(gradients: Tensor, inputs: Tensor, units: Units, out: Tensor
 
 
 def _dense(matrix: Tensor) -> Tensor:
-    """With rows or columns side by side: oneDNN may take other strides, as those of expanded tensors, for something else."""
+    """With rows or columns side by side: oneDNN refuses some other strides, as those of overlapping tensors."""
     return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
