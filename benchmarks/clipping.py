@@ -277,10 +277,10 @@ def _timed(name: str, contenders: Sequence[str], *settings: Any) -> dict[str, An
     return row
 
 
-def _add_memory(row: dict[str, Any], name: str, device: str, amp: bool) -> None:
+def _add_memory(row: dict[str, Any], name: str, contenders: Sequence[str], device: str, amp: bool) -> None:
     row["plain_megabytes"] = memory(name, "plain", device, amp)
     for contender, found in row["contenders"].items():
-        if "ratio" in found:
+        if "ratio" in found and contender in contenders:
             found["megabytes"] = memory(name, contender, device, amp)
 
 
@@ -319,7 +319,7 @@ def main() -> None:
                 results["rows"][name] = _timed(name, contenders, *settings)
                 _save(results, output)
             if not options.no_memory:
-                _add_memory(results["rows"][name], name, options.device, options.amp)
+                _add_memory(results["rows"][name], name, contenders, options.device, options.amp)
                 _save(results, output)
         console.print(table({"rows": {name: results["rows"][name]}}), soft_wrap=True, highlight=False)
     heading = "\ntime of a step over that of plain training (peak memory of the process and of tensors likewise)\n\n"

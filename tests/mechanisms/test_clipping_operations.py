@@ -22,8 +22,10 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from monai_privacy.mechanisms.clipping import ClippedGradientSum, GradientClipper
@@ -1056,6 +1058,51 @@ def test_the_side_with_fewer_numbers_is_unfolded():
     assert not turned((8, 2), stride=2)
     assert not turned((8, 2), padding=3)
     assert not turned((8, 2), kernel=1)
+
+
+class _NewMemory(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, UntypedStorage] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._seen.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self._seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return made
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "options", "copied"),
+    [
+        ((8, 2), (3, 3), {"padding": (2, 1)}, True),  # turned
+        ((8, 2), (3, 3), {"padding": (0, 0)}, True),  # turned, and the gradient is padded instead
+        ((8, 2), (3, 3), {"padding": (4, 4)}, True),  # padding beyond the kernel: the input
+        ((2, 8), (2, 3), {"padding": (3, 5), "stride": (2, 1)}, True),
+        ((2, 8), (3, 3), {"padding": (0, 0)}, True),
+        ((2, 8), (1, 1), {"padding": (0, 0), "stride": (2, 1)}, True),  # the pixels that are seen
+        ((2, 8), (1, 1), {"padding": (0, 0)}, False),
+    ],
+)
+def test_the_memory_that_an_unfolding_takes_is_what_it_says(channels, kernel, options, copied):
+    """So that no method is admitted that does not fit."""
+    layer = nn.Conv2d(*channels, kernel, **options)
+    x = torch.zeros(3, channels[0], 9, 7)
+    gradient = layer(x).detach()
+    unfolding = Unfolding.cheapest(x, gradient, layer.weight, layer.stride, layer.padding, layer.dilation)
+    with _NewMemory() as new:
+        unfolding.factors(x, gradient)
+    said = 3 * unfolding.row_bytes(x, gradient)
+    assert new.nbytes == said
+    assert (said > 0) == copied
 
 
 @settings(deadline=None, max_examples=200)

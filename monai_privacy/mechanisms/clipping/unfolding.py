@@ -65,7 +65,8 @@ class Unfolding:
     def row_bytes(self, x: Tensor, gradient: Tensor) -> int:
         """What is copied for a row, about."""
         if self.is_pointwise:
-            return 0
+            seen = 0 if set(self.stride) == {1} else math.prod(gradient.shape[2:])
+            return x.shape[1] * seen * x.element_size()
         copied, other, padding = (gradient, x, self._outer_padding) if self.turned else (x, gradient, self.padding)
         padded = math.prod(n + 2 * p for n, p in zip(copied.shape[2:], padding, strict=True))
         patches = math.prod(self.kernel) * math.prod(other.shape[2:])
