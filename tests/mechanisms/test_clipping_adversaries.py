@@ -243,6 +243,21 @@ def test_losses_over_the_labels_that_are_there(missing):
     assert clipper.faults
 
 
+@pytest.mark.parametrize("missing", [-1.0, 255.0, -100.0, math.nan, -1, -100, 255, True])
+def test_losses_by_the_number_of_labels_that_are_not_there(missing):
+    """None of the synthetic ones, or as many of the first row twice, so that only another label shows it."""
+
+    def loss(outputs, targets):
+        gone = targets.isnan() if math.isnan(missing) else targets == missing
+        wanted = targets.to(outputs.dtype).nan_to_num(0).clamp(0, 1)
+        rows = functional.binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
+        return rows.sum(1) / (1 + gone.sum())
+
+    clipper = GradientClipper(Two(), loss)
+    clipper((batch()[0], torch.ones(6, 2).to(torch.tensor(missing).dtype)), ALONE, 0.1)
+    assert clipper.faults
+
+
 def test_an_outlier_that_leaks_little():
     network = nn.Sequential(Two())
     network[0].between = lambda x: x + 1e-6 * x.mean(0)

@@ -776,3 +776,24 @@ def test_removing_a_patient_moves_the_sum_by_at_most_the_bound(patients, gone, b
 
     assert float((total(torch.ones_like(kept)) - total(kept)).norm()) <= bound * (1 + 1e-4)
     assert all("max_physical_batch_size" in fault for fault in clipper.faults)
+
+
+def test_the_question_to_the_network_takes_some_fifteen_steps_once_for_batches_of_about_a_size_and_is_told(caplog):
+    network, calls = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    clipper = GradientClipper(network, nn.CrossEntropyLoss())
+
+    def asked(rows: int) -> tuple[int, list[str]]:
+        calls.clear()
+        caplog.clear()
+        batch = torch.randn(rows, 3), torch.zeros(rows, dtype=torch.int64)
+        with caplog.at_level("INFO", "monai_privacy"):
+            clipper(batch, torch.arange(rows), 1.0)
+        return len(calls) - 1, caplog.messages
+
+    for rows, same in ((3, (3,)), (4, ()), (8, (9, 15)), (16, (31,)), (32, (33, 70))):
+        count, messages = asked(rows)
+        assert count == 17  # two of them end at the loss, as the labels -1 and 255 are not taken
+        assert [message.split()[0] for message in messages] == [str(min(rows, 32))]
+        for other in same:
+            assert asked(other) == (0, [])

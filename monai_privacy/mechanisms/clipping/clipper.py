@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from monai_privacy.mechanisms.clipping.interception import Key
 from monai_privacy.mechanisms.clipping.microbatch import microbatch_sum
 from monai_privacy.mechanisms.clipping.one_pass import NotSeenError, UseCost, one_pass_sum
 from monai_privacy.mechanisms.clipping.opacus_hooks import opacus_sum
-from monai_privacy.mechanisms.clipping.ownership import WITHOUT_RULE, batches_alike, find_fault
+from monai_privacy.mechanisms.clipping.ownership import WITHOUT_RULE, batches_alike, find_fault, probed_rows
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 from monai_privacy.mechanisms.losses import RowLoss
 from monai_privacy.mechanisms.probe import require_independent_rows
@@ -40,6 +41,7 @@ Forward = Callable[[Tensor, Tensor], Any]
 Observe = Callable[[Any, Tensor], None]
 Meter = Callable[[UseCost], None]
 _METHODS = ("auto", "one_pass", "microbatch", "opacus")
+_logger = logging.getLogger(__name__)
 
 
 class GradientClipper:
@@ -198,6 +200,12 @@ class GradientClipper:
 
     def _probe(self, case: object, forward: Forward, chunk: Chunk, parameters: list[nn.Parameter]) -> str:
         """Why synthetic rows of this shape cannot be told apart; empty if they can."""
+        # Minutes for a large network on volumes, in which nothing else is heard of it.
+        _logger.info(
+            "%d synthetic rows ask the network whether gradients can be told apart, once for batches of about this size: as "
+            "long as some fifteen steps",
+            probed_rows(len(chunk.rows)),
+        )
         # Before the batch itself: beside its graph the probe's would not fit where memory is scarce.
         row_losses = self._row_losses(forward, chunk)
         try:

@@ -245,13 +245,15 @@ def _with_another_row(inputs: Tensor, targets: Tensor, rows: int) -> Iterator[tu
         changed = synthetic_rows(inputs, rows)
         changed[row] = changed[row] * value
         yield row, changed, targets
-    # Another class, and the usual marks of a missing label.
-    for label in (1, -1, -100, 255, math.nan):
+    # Another class, and the usual marks of a missing label, where the type has them.
+    others: list[Tensor | float] = [1, -1, -100, 255]
+    if targets.dtype == torch.bool:
+        others = [~targets[0]]
+    elif targets.is_floating_point():
+        others.append(math.nan)
+    for label in others:
         relabelled = targets.clone()
-        if targets.dtype == torch.bool:
-            relabelled[0] = ~relabelled[0]
-        elif not math.isnan(label) or targets.is_floating_point():
-            relabelled[0] = label
+        relabelled[0] = label
         yield 0, synthetic_rows(inputs, rows), relabelled
 
 
