@@ -258,6 +258,16 @@ def test_losses_by_the_number_of_labels_that_are_not_there(missing):
     assert clipper.faults
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.float16])
+def test_labels_of_any_type_are_no_fault(dtype):
+    def loss(outputs, targets):
+        return functional.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none").sum(1)
+
+    clipper = GradientClipper(Two(), loss)
+    clipper((batch()[0], torch.ones(6, 2).to(dtype)), ALONE, 0.1)
+    assert clipper.faults == ()
+
+
 def test_an_outlier_that_leaks_little():
     network = nn.Sequential(Two())
     network[0].between = lambda x: x + 1e-6 * x.mean(0)

@@ -251,6 +251,9 @@ def _with_another_row(inputs: Tensor, targets: Tensor, rows: int) -> Iterator[tu
         others = [~targets[0]]
     elif targets.is_floating_point():
         others.append(math.nan)
+    else:
+        limits = torch.iinfo(targets.dtype)
+        others = [label for label in others if limits.min <= label <= limits.max]
     for label in others:
         relabelled = targets.clone()
         relabelled[0] = label
