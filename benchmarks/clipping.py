@@ -30,6 +30,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -192,6 +194,7 @@ def _peak(name: str, contender: str, device: str, amp: bool, threads: int) -> tu
         plain = CONTENDERS["plain"](make().to(device).train(), images[:1], labels[:1], amp)
         plain()
         del plain
+        _give_back_memory()
         step = CONTENDERS[contender](network, images, labels, amp)
         before = _reset_peak(device)
         for _ in range(2):
@@ -212,6 +215,14 @@ def _tensor_peak(step: Callable[[], None]) -> float:
         now += event.nbytes()
         peak = max(peak, now)
     return peak / 2**20
+
+
+def _give_back_memory() -> None:
+    """What was freed goes back to the system, so that no peak is made of it; on Linux alone."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _reset_peak(device: str) -> int:
@@ -249,6 +260,17 @@ def machine(device: str, threads: int) -> dict[str, Any]:
     }
 
 
+def _processor(device: str) -> str:
+    """Its name; rows of one table may come from several machines."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    return platform.processor() or platform.machine()
+
+
 def table(results: dict[str, Any]) -> str:
     """Ratios to plain training: time, and in brackets peak memory of the process and of tensors."""
     contenders = list(dict.fromkeys(contender for row in results["rows"].values() for contender in row["contenders"]))
@@ -270,7 +292,7 @@ def _cell(row: dict[str, Any], contender: str) -> str:
 
 
 def _timed(name: str, contenders: Sequence[str], *settings: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"plain_megabytes": None, "contenders": {}}
+    row: dict[str, Any] = {"machine": _processor(settings[1]), "plain_megabytes": None, "contenders": {}}
     for contender, timing in times(NETWORKS[name], contenders, *settings).items():
         said = {"error": timing} if isinstance(timing, str) else asdict(timing) | {"ratio": timing.ratio}
         row["contenders"][contender] = said
@@ -279,7 +301,9 @@ def _timed(name: str, contenders: Sequence[str], *settings: Any) -> dict[str, An
 
 def _add_memory(row: dict[str, Any], name: str, contenders: Sequence[str], device: str, amp: bool) -> None:
     row["plain_megabytes"] = memory(name, "plain", device, amp)
+    row["memory_machine"] = _processor(device)
     for contender, found in row["contenders"].items():
+        found.pop("megabytes", None)  # of another run, whose plain training was another
         if "ratio" in found and contender in contenders:
             found["megabytes"] = memory(name, contender, device, amp)
 

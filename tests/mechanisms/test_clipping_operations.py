@@ -1092,10 +1092,11 @@ class _NewMemory(TorchDispatchMode):
         ((2, 8), (1, 1), {"padding": (0, 0)}, False),
     ],
 )
-def test_the_memory_that_an_unfolding_takes_is_what_it_says(channels, kernel, options, copied):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_memory_that_an_unfolding_takes_is_what_it_says(channels, kernel, options, copied, dtype):
     """So that no method is admitted that does not fit."""
-    layer = nn.Conv2d(*channels, kernel, **options)
-    x = torch.zeros(3, channels[0], 9, 7)
+    layer = nn.Conv2d(*channels, kernel, **options, dtype=dtype)
+    x = torch.zeros(3, channels[0], 9, 7, dtype=dtype)
     gradient = layer(x).detach()
     unfolding = Unfolding.cheapest(x, gradient, layer.weight, layer.stride, layer.padding, layer.dilation)
     with _NewMemory() as new:
@@ -1103,6 +1104,8 @@ def test_the_memory_that_an_unfolding_takes_is_what_it_says(channels, kernel, op
     said = 3 * unfolding.row_bytes(x, gradient)
     assert new.nbytes == said
     assert (said > 0) == copied
+    if dtype == torch.float32:  # norms are taken in float32 whatever the network is in
+        assert said == 3 * unfolding.row_bytes(x.bfloat16(), gradient.bfloat16())
 
 
 @settings(deadline=None, max_examples=200)

@@ -31,7 +31,7 @@ from monai_privacy.mechanisms.clipping.interception import Key
 from monai_privacy.mechanisms.clipping.microbatch import microbatch_sum
 from monai_privacy.mechanisms.clipping.one_pass import NotSeenError, UseCost, one_pass_sum
 from monai_privacy.mechanisms.clipping.opacus_hooks import opacus_sum
-from monai_privacy.mechanisms.clipping.ownership import WITHOUT_RULE, batches_alike, find_fault, probed_rows
+from monai_privacy.mechanisms.clipping.ownership import WITHOUT_RULE, batches_alike, find_fault
 from monai_privacy.mechanisms.clipping.result import ClippedGradientSum
 from monai_privacy.mechanisms.losses import RowLoss
 from monai_privacy.mechanisms.probe import require_independent_rows
@@ -83,6 +83,7 @@ class GradientClipper:
         self._modules: list[tuple[nn.Module, bool]] = []
         self._cases: set[object] = set()
         self._faults: dict[object, str] = {}
+        self._told = False
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -200,12 +201,14 @@ class GradientClipper:
 
     def _probe(self, case: object, forward: Forward, chunk: Chunk, parameters: list[nn.Parameter]) -> str:
         """Why synthetic rows of this shape cannot be told apart; empty if they can."""
-        # Minutes for a large network on volumes, in which nothing else is heard of it.
-        _logger.info(
-            "%d synthetic rows ask the network whether gradients can be told apart, once for batches of about this size: as "
-            "long as some fifteen steps",
-            probed_rows(len(chunk.rows)),
-        )
+        if not self._told:
+            # Minutes for a large network on volumes, in which nothing else is heard of it. Once, and without a number: how
+            # many patients were drawn is private.
+            self._told = True
+            _logger.info(
+                "asking the network on synthetic rows whether gradients can be told apart, now and when batches of another "
+                "size come: as long as some fifteen steps of at most 32 images"
+            )
         # Before the batch itself: beside its graph the probe's would not fit where memory is scarce.
         row_losses = self._row_losses(forward, chunk)
         try:

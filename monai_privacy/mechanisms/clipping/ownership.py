@@ -253,7 +253,9 @@ def _with_another_row(inputs: Tensor, targets: Tensor, rows: int) -> Iterator[tu
         others.append(math.nan)
     else:
         limits = torch.iinfo(targets.dtype)
-        others = [label for label in others if limits.min <= label <= limits.max]
+        # As torch takes them: -1 is the largest number of a type without negative ones.
+        wrapped = [int(label) % (limits.max + 1) if limits.min == 0 else int(label) for label in others]
+        others = [*dict.fromkeys(label for label in wrapped if limits.min <= label <= limits.max)]
     for label in others:
         relabelled = targets.clone()
         relabelled[0] = label

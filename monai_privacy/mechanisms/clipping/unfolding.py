@@ -63,14 +63,14 @@ class Unfolding:
         return tuple((k - 1) * d - p for k, d, p in zip(self.kernel, self.dilation, self.padding, strict=True))
 
     def row_bytes(self, x: Tensor, gradient: Tensor) -> int:
-        """What is copied for a row, about."""
+        """What is copied for a row, about; in float32, as for norms, where it is in less."""
         if self.is_pointwise:
             seen = 0 if set(self.stride) == {1} else math.prod(gradient.shape[2:])
-            return x.shape[1] * seen * x.element_size()
+            return x.shape[1] * seen * max(4, x.element_size())
         copied, other, padding = (gradient, x, self._outer_padding) if self.turned else (x, gradient, self.padding)
         padded = math.prod(n + 2 * p for n, p in zip(copied.shape[2:], padding, strict=True))
         patches = math.prod(self.kernel) * math.prod(other.shape[2:])
-        return copied.shape[1] * (patches + padded) * copied.element_size()
+        return copied.shape[1] * (patches + padded) * max(4, copied.element_size())
 
     def factors(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """(R, N, L) and (R, L, K M): their products are the rows' gradients, of the shape (N, *kernel, M).
