@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import gc
 import json
 import multiprocessing
@@ -52,6 +51,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import CONTENDERS
+from monai_privacy.mechanisms.clipping.clipper import _give_back_memory
 from monai_privacy.networks import ResNet9, convert_batch_norm
 
 RESULTS = Path(__file__).parent / "results"
@@ -194,7 +194,8 @@ def _peak(name: str, contender: str, device: str, amp: bool, threads: int) -> tu
         plain = CONTENDERS["plain"](make().to(device).train(), images[:1], labels[:1], amp)
         plain()
         del plain
-        _give_back_memory()
+        gc.collect()
+        _give_back_memory()  # so that no peak is made of it
         step = CONTENDERS[contender](network, images, labels, amp)
         before = _reset_peak(device)
         for _ in range(2):
@@ -215,14 +216,6 @@ def _tensor_peak(step: Callable[[], None]) -> float:
         now += event.nbytes()
         peak = max(peak, now)
     return peak / 2**20
-
-
-def _give_back_memory() -> None:
-    """What was freed goes back to the system, so that no peak is made of it; on Linux alone."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def _reset_peak(device: str) -> int:
