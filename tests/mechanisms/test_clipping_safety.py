@@ -24,6 +24,8 @@ from test_clipping_operations import assert_close, assert_exact, flat, patient_b
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from monai_privacy.mechanisms.clipping import GradientClipper
 from monai_privacy.mechanisms.probe import require_independent_rows
@@ -795,3 +797,29 @@ def test_the_question_to_the_network_takes_some_fifteen_steps_once_for_batches_o
         assert [asked(other) for other in same] == [0] * len(same)
     (message,) = caplog.messages
     assert "some fifteen steps of at most 32 images" in message  # and not how many patients were drawn
+
+
+class _Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation gave."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.nbytes = max(
+            [self.nbytes, *(t.untyped_storage().nbytes() for t in tree_leaves(made) if torch.is_tensor(t))]
+        )
+        return made
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8])
+def test_the_question_to_the_network_takes_no_more_memory_than_the_step(rows):
+    network, seen = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.AvgPool2d(62), nn.Flatten(), nn.Linear(16, 2)), []
+    network.register_forward_hook(lambda _, __, outputs: seen.append(len(outputs)))
+    clipper, inputs = GradientClipper(network, LOSS), torch.randn(rows, 1, 64, 64)
+    with _Largest() as made:
+        clipper((inputs, torch.arange(rows) % 2), torch.arange(rows), 1.0)
+    another_number = {2: 3}.get(rows, rows - 1)  # of two rows, one is left only by more
+    assert set(seen) == {rows, another_number}
+    assert made.nbytes == max(rows, another_number) * 16 * 62 * 62 * 4  # the convolution's output, in float32
+    assert clipper.faults == ()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +65,7 @@ class OwnershipProbe(Listener):
             value = noise / fan_in**0.5 if weight.dim() > 1 else 1 + 0.1 * noise
             # A checkpointed part that is run again must find the same weights, and so must the next probe.
             self._weights[id(weight)] = value
-        # Still a function of the parameter, so that the backward pass comes through here.
-        return weight + (value - weight).detach(), call.bias
+        return _InPlaceOf.apply(weight, value), call.bias  # type: ignore[no-untyped-call]
 
     def heard(
         self,
@@ -85,11 +85,24 @@ class OwnershipProbe(Listener):
         return use.operation.backward(x, weight, bias, extra, gradient, Units((1,) * len(x)), wanted, _never).input
 
 
+class _InPlaceOf(torch.autograd.Function):
+    """A value that stands for a parameter: still a function of it, so that the backward pass comes through here."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None]:  # type: ignore[override]
+        return None, None
+
+
 def _summary(values: Tensor) -> Tensor:
     """(R, ...) to (R, 2): two sums that hardly ever agree where the rows do not."""
-    flat = values.detach().double().reshape(len(values), -1)
+    flat = values.detach().reshape(len(values), -1)
     ramp = torch.linspace(0.5, 1.5, flat.shape[1], dtype=torch.float64, device=flat.device)
-    return torch.stack([flat.abs() @ ramp, flat @ ramp], 1)
+    # Row by row: a copy of all of them in float64 would be the largest tensor of all.
+    return torch.stack([torch.stack([row.abs() @ ramp, row @ ramp]) for row in map(Tensor.double, flat)])
 
 
 def probed_rows(rows: int) -> int:
@@ -201,9 +214,11 @@ def _moved(
     key, base = seen(places)
     if not _alike(base, seen(places, seed=1)[1]):
         return ""
-    for order, back in ((places.roll(1), places.roll(-1)), (torch.cat([places, places[:1]]), places)):
+    # Another number of rows: one fewer, which takes no more memory than training does.
+    number = places[:-1] if rows > _FEWEST_ROWS else torch.cat([places, places[:1]])
+    for order in (places.roll(1), number):
         other_key, other = seen(order)
-        if other_key != key or not _alike(base, [values[back] for values in other]):
+        if other_key != key or not _alike([values[order] for values in base], other):
             return "what a row gives depends on its place in the batch, or on the number of rows"
     return ""
 
