@@ -75,6 +75,17 @@ def test_a_network_that_writes_into_its_weights():
         GradientClipper(network, LOSS)(batch(), ALONE, 1.0)
 
 
+@pytest.mark.parametrize("method", ["auto", "microbatch"])
+def test_a_network_that_makes_a_layer_of_what_it_sees(method):
+    def learnt(x):
+        network.found = nn.ParameterList([nn.Parameter(x.detach().mean(0), requires_grad=False)])
+        return x
+
+    network = Two(learnt)
+    with pytest.raises(ValueError, match="writes into its own parameters"):
+        GradientClipper(network, LOSS, method=method)(batch(), ALONE, 1.0)
+
+
 POSITIONS = torch.tensor([1e12, 3e4, -1e12, -3e4])
 LAYERS = {
     "linear": (lambda: nn.Linear(256, 256, bias=False), (4, 256), (4, 1)),

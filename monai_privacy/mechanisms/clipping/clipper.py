@@ -18,7 +18,7 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -112,13 +112,14 @@ class GradientClipper:
         _check(parameters, max_grad_norm, row_weights, len(batch[0]), max_physical_batch_size)
         modules = list(self._network.modules())
         self._forget_unless(parameters, modules)
-        versions = _versions(self._network)
+        versions = _versions(modules)
         call: Forward = (lambda inputs, rows: self._network(inputs)) if forward is None else forward
         total: ClippedGradientSum | None = None
         for chunk in chunks(batch, patient_index, row_weights, max_physical_batch_size):
             result = self._sum(call, chunk, parameters, max_grad_norm, max_physical_batch_size, observe, meter)
             total = result if total is None else total + result
-            if _versions(self._network) != versions:
+            # Of the modules that are there now: others may have come, with parameters that were made from the batch.
+            if _versions(self._network.modules()) != versions:
                 raise ValueError(
                     "the network writes into its own parameters when it is called (an embedding's max_norm does): what it "
                     "learns there is neither clipped nor noised, so nothing is returned. Remove it."
@@ -254,10 +255,10 @@ class GradientClipper:
         return [known.get(id(parameter), "a parameter") for parameter in parameters]
 
 
-def _versions(network: nn.Module) -> list[tuple[int, int]]:
-    """The parameters, and how often each was written to: nothing waits for a GPU, and nothing is copied."""
+def _versions(modules: Iterable[nn.Module]) -> list[tuple[int, int]]:
+    """Their parameters, and how often each was written to: nothing waits for a GPU, and nothing is copied."""
     # Not network.parameters(), which asks each module for its parameters by name and takes twice as long.
-    held = [parameter for module in network.modules() for parameter in module._parameters.values()]
+    held = [parameter for module in modules for parameter in module._parameters.values()]
     return [(id(parameter), parameter._version) for parameter in held if parameter is not None]
 
 

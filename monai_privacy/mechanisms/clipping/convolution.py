@@ -72,7 +72,7 @@ class ConvolutionRule(OperationRule):
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See the base class."""
         assert weight is not None
-        return torch.ops.aten.convolution(x, weight, bias, *self._arguments), ()
+        return torch.convolution(x, weight, bias, *self._arguments), ()
 
     def backward(
         self,
@@ -106,7 +106,7 @@ class ConvolutionRule(OperationRule):
         return Found(grad_x, found_weight, found_bias)
 
     @property
-    def _arguments(self) -> tuple[object, ...]:
+    def _arguments(self) -> tuple[Size, Size, Size, bool, Size, int]:
         output_padding = self.output_padding or (0,) * len(self.stride)
         return self.stride, self.padding, self.dilation, self.transposed, output_padding, self.groups
 
@@ -119,7 +119,9 @@ class ConvolutionRule(OperationRule):
         kept, held = units.number * size, x.nbytes + gradient.nbytes
         methods = []
         for name in self._forms(x, gradient, weight):
-            run = self._run_rows(name, x, gradient, weight, units) * self._row_bytes(name, x, gradient, weight)
+            unfolding = self._unfolding(name, x, gradient, weight)
+            of_row = self._row_bytes(unfolding, x, gradient, weight)
+            run = of_row * self._run_rows(unfolding, x, gradient, weight, units)
             # Where one run does it all, row by row, what it makes is kept.
             made = kept if run >= kept and rows == units.number else 0
             methods.append(NormMethod(name, kept, size if name == "loop" else run - made, one))
@@ -152,22 +154,22 @@ class ConvolutionRule(OperationRule):
         if name == "gram":
             return self._gram(x, gradient, weight, units)
         form = name.removesuffix(_NORMS)
-        most = self._run_rows(form, x, gradient, weight, units)
+        unfolding = self._unfolding(form, x, gradient, weight)
+        most = self._run_rows(unfolding, x, gradient, weight, units)
         if name == form:
-            unfolding = self._unfolding(form, x, gradient, weight)
             arrange = None if unfolding is None else unfolding.arranged
             if most == units.rows:
-                return measured(self._form(form, x, gradient, weight, units), arrange)
+                return measured(self._form(form, unfolding, x, gradient, weight, units), arrange)
             shape = weight.shape if unfolding is None else unfolding.shape(weight)
             values, squares, done = weight.new_empty((units.number, *shape), dtype=wide(weight[:0]).dtype), [], 0
             for rows, run in units.runs(most):
-                part = self._form(form, x[rows], gradient[rows], weight, run, out=values[done : done + run.number])
-                squares.append(squared_norms(part))
+                out = values[done : done + run.number]
+                squares.append(squared_norms(self._form(form, unfolding, x[rows], gradient[rows], weight, run, out)))
                 done += run.number
             return UnitGradients(values, torch.cat(squares), arrange)
         with full_precision(x):
             squares = [
-                squared_norms(self._form(form, wide(x[rows]), wide(gradient[rows]), wide(weight), run))
+                squared_norms(self._form(form, unfolding, wide(x[rows]), wide(gradient[rows]), wide(weight), run))
                 for rows, run in units.runs(most)
             ]
         return self._postponed(torch.cat(squares), x, gradient, weight, units)
@@ -186,20 +188,25 @@ class ConvolutionRule(OperationRule):
             return None
         return Unfolding.cheapest(x, gradient, weight, self.stride, self.padding, self.dilation)
 
-    def _run_rows(self, form: str, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> int:
+    def _run_rows(self, unfolding: Unfolding | None, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> int:
         """How many rows are worked on at once: what is made of them passes through the cache, not through memory."""
-        return min(units.rows, max(_RUN_BYTES // self._row_bytes(form, x, gradient, weight), *units.counts))
+        return min(units.rows, max(_RUN_BYTES // self._row_bytes(unfolding, x, gradient, weight), *units.counts))
 
-    def _row_bytes(self, form: str, x: Tensor, gradient: Tensor, weight: Tensor) -> int:
+    def _row_bytes(self, unfolding: Unfolding | None, x: Tensor, gradient: Tensor, weight: Tensor) -> int:
         """What a form makes for a row, about."""
-        unfolding = self._unfolding(form, x, gradient, weight)
         return weight.numel() * max(4, weight.element_size()) + (unfolding.row_bytes(x, gradient) if unfolding else 0)
 
     def _form(
-        self, form: str, x: Tensor, gradient: Tensor, weight: Tensor, units: Units, out: Tensor | None = None
+        self,
+        form: str,
+        unfolding: Unfolding | None,
+        x: Tensor,
+        gradient: Tensor,
+        weight: Tensor,
+        units: Units,
+        out: Tensor | None = None,
     ) -> Tensor:
         """(P, ...) gradients of units, as the form lays them; ``out``, where given."""
-        unfolding = self._unfolding(form, x, gradient, weight)
         shape = weight.shape if unfolding is None else unfolding.shape(weight)
         values = weight.new_empty((units.number, *shape), dtype=wide(weight[:0]).dtype) if out is None else out
         if unfolding is not None:
