@@ -1049,7 +1049,7 @@ def test_the_side_with_fewer_numbers_is_unfolded():
         layer = nn.Conv2d(*channels, kernel, **options)
         x = torch.zeros(1, channels[0], 9, 9)
         sizes = layer.stride, layer.padding, layer.dilation
-        return Unfolding.cheapest(x, layer(x), layer.weight, *sizes).turned
+        return Unfolding.cheapest(x.shape, layer(x).shape, layer.weight.shape, *sizes).turned
 
     assert turned((8, 2))
     assert turned((8, 2), padding=2, dilation=2)
@@ -1098,7 +1098,9 @@ def test_the_memory_that_an_unfolding_takes_is_what_it_says(channels, kernel, op
     layer = nn.Conv2d(*channels, kernel, **options, dtype=dtype)
     x = torch.zeros(3, channels[0], 9, 7, dtype=dtype)
     gradient = layer(x).detach()
-    unfolding = Unfolding.cheapest(x, gradient, layer.weight, layer.stride, layer.padding, layer.dilation)
+    unfolding = Unfolding.cheapest(
+        x.shape, gradient.shape, layer.weight.shape, layer.stride, layer.padding, layer.dilation
+    )
     with _NewMemory() as new:
         unfolding.factors(x, gradient)
     said = 3 * unfolding.row_bytes(x, gradient)

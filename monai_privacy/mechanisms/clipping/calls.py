@@ -14,8 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +30,7 @@ from monai_privacy.mechanisms.clipping.operation import OperationRule
 Number = int | Sequence[int] | str
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One call of an operation that may have trained parameters."""
 
     operation: OperationRule

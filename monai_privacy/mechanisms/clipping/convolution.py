@@ -186,7 +186,7 @@ class ConvolutionRule(OperationRule):
         """How a form that is a matrix product takes the convolution apart."""
         if form in ("loop", "grouped"):
             return None
-        return Unfolding.cheapest(x, gradient, weight, self.stride, self.padding, self.dilation)
+        return Unfolding.cheapest(x.shape, gradient.shape, weight.shape, self.stride, self.padding, self.dilation)
 
     def _run_rows(self, unfolding: Unfolding | None, x: Tensor, gradient: Tensor, weight: Tensor, units: Units) -> int:
         """How many rows are worked on at once: what is made of them passes through the cache, not through memory."""

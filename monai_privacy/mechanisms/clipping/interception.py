@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,7 @@ _DROPOUTS = (
 )
 
 
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """A use of trained parameters in a forward pass.
 
     Args:
@@ -232,8 +231,8 @@ class _Heard(torch.autograd.Function):
         x, weight, bias, *extra = ctx.saved_tensors  # may run a checkpointed part again, which is heard
         use = ctx.use
         with torch._C.DisableTorchFunction(), _as_they_are(x):
-            lowered = _lowered(use, x, weight, bias)
-            found = ctx.listener.heard(use, x, *lowered, tuple(extra), gradient, ctx.needs_input_grad[2])
+            weight, bias = _lowered(use, x, weight, bias)
+            found = ctx.listener.heard(use, x, weight, bias, tuple(extra), gradient, ctx.needs_input_grad[2])
         return None, None, found, None, None
 
 
@@ -241,7 +240,10 @@ def _lowered(use: Use, x: Tensor, weight: Tensor | None, bias: Tensor | None) ->
     """The parameters in the dtype that autocast chose for ``x``."""
     if not use.operation.lower_precision:
         return weight, bias
-    return None if weight is None else weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    dtype = x.dtype
+    # Asking is quicker than a conversion that does nothing.
+    weight = weight if weight is None or weight.dtype == dtype else weight.to(dtype)
+    return weight, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
 
 def _as_they_are(x: Tensor) -> AbstractContextManager[Any]:

@@ -139,7 +139,8 @@ def squared_norms(values: Tensor) -> Tensor:
         wide = flat if flat.dtype == torch.float64 else flat.float()
         return torch.linalg.vector_norm(wide, dim=1).double().square()
     whole = size - size % _CHUNK
-    parts = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, _CHUNK)).float(), dim=2).double().square().sum(1)
+    chunks = (flat if whole == size else flat[:, :whole]).float().view(len(values), -1, _CHUNK)
+    parts = torch.linalg.vector_norm(chunks, dim=2).double().square().sum(1)
     if whole < size:
         parts = parts + torch.linalg.vector_norm(flat[:, whole:].float(), dim=1).double().square()
     return parts

@@ -193,20 +193,23 @@ class _Collector(Listener):
             )
             return material
 
-        start = self._now(x.device)
+        start = 0.0 if self._meter is None else _now(x.device)
         found = use.operation.backward(x, weight, bias, extra, gradient, units, wanted, choose)
         # Plain training has freed the input by now, and holds the gradients of these parameters.
-        self._budget.free(x.nbytes + sum(p.nbytes for p in (weight, bias) if p is not None))
-        materials = [(use.weight, found.weight), (use.bias, found.bias)]
-        heard = [(at, material) for at, material in materials if at is not None and material is not None]
-        for at, material in heard:
-            self.materials.setdefault(at, []).append(material)
+        self._budget.free(x.nbytes)
+        nbytes = 0
+        for at, parameter, material in ((use.weight, weight, found.weight), (use.bias, bias, found.bias)):
+            if parameter is not None:
+                self._budget.free(parameter.nbytes)
+            if at is not None and material is not None:
+                self.materials.setdefault(at, []).append(material)
+                nbytes += material.nbytes
         if self._meter is not None:
-            nbytes = sum(material.nbytes for _, material in heard)
-            self._meter(UseCost(use, chosen, self._now(x.device) - start, nbytes))
+            self._meter(UseCost(use, chosen, _now(x.device) - start, nbytes))
         return found.input
 
-    def _now(self, device: torch.device) -> float:
-        if self._meter is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

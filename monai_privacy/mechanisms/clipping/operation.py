@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,8 +57,7 @@ class Choose(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):  # a named tuple, as what is made for each use should take no time
     """What a backward pass is asked for.
 
     Args:
@@ -74,8 +73,7 @@ class Wanted:
     gradients_only: bool = False
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """What a backward pass gives; None for what was not wanted."""
 
     input: Tensor | None = None
@@ -116,7 +114,8 @@ class OperationRule(ABC):
 
 def by_unit(rows: Tensor, units: Units, like: Tensor) -> UnitGradients:
     """(R, ...) gradients of rows to those of units, of the shape of ``like``."""
-    return UnitGradients(units.sum(rows).reshape(units.number, *like.shape))
+    values = units.sum(rows)
+    return UnitGradients(values if values.shape[1:] == like.shape else values.reshape(units.number, *like.shape))
 
 
 def unit_products(gradients: Tensor, inputs: Tensor, units: Units, out: Tensor) -> None:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
+import torch
 from torch import Tensor
 
 Size = tuple[int, ...]
@@ -43,21 +45,22 @@ class Unfolding:
     turned: bool
 
     @classmethod
+    @lru_cache(maxsize=4096)
     def cheapest(
-        cls, x: Tensor, gradient: Tensor, weight: Tensor, stride: Size, padding: Size, dilation: Size
+        cls, x: torch.Size, gradient: torch.Size, weight: torch.Size, stride: Size, padding: Size, dilation: Size
     ) -> Unfolding:
-        """Of the side that makes less to copy."""
-        plain = cls(tuple(weight.shape[2:]), stride, padding, dilation, turned=False)
+        """Of the side that makes less to copy; from the shapes, and remembered, as it is asked for at each step."""
+        plain = cls(tuple(weight[2:]), stride, padding, dilation, turned=False)
         can_turn = set(stride) == {1} and min(plain._outer_padding) >= 0 and not plain.is_pointwise
-        turned = can_turn and gradient.shape[1] * math.prod(x.shape[2:]) < x.shape[1] * math.prod(gradient.shape[2:])
+        turned = can_turn and gradient[1] * math.prod(x[2:]) < x[1] * math.prod(gradient[2:])
         return cls(plain.kernel, stride, padding, dilation, turned)
 
-    @property
+    @cached_property
     def is_pointwise(self) -> bool:
         """Whether a patch is a pixel, so that nothing is copied."""
         return set(self.kernel) == {1} and not any(self.padding)
 
-    @property
+    @cached_property
     def _outer_padding(self) -> Size:
         """Of the output's gradient, so that each pixel of the input has the outputs that see it around itself."""
         return tuple((k - 1) * d - p for k, d, p in zip(self.kernel, self.dilation, self.padding, strict=True))
