@@ -16,9 +16,10 @@
 Writes results/clipping_<device>.json and prints the table. How the numbers come about:
 
 - A step is everything between two batches: forward, backward, clipping, noise, the optimizer's step.
-- The contenders take turns in one process, with a step of plain training before and after each; the first round is not
-  counted (ours measures its methods then). A ratio is the median over the rounds of a step's time over the mean of its
-  two neighbours', so that a machine whose speed drifts changes little.
+- The contenders take turns, with a step of plain training before and after each; the first round is not counted (ours
+  measures its methods then). A ratio is the median over the rounds of a step's time over the mean of its two neighbours',
+  so that a machine whose speed drifts changes little. Each contender has a process of its own, as a training has: in one
+  process for all, each would pay for memory that the others have given back to the system.
 - Memory is the peak of the process above the loaded network over the first two steps, what a contender tries out in the
   first one included, each contender in a process of its own; and beside it the peak of torch's own tensors in the third
   step, which leaves out what the C library keeps in pieces. On a GPU both are the device's own peak.
@@ -40,7 +41,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,10 @@ def _densenet(spatial_dims: int) -> nn.Module:
     return convert_batch_norm(DenseNet121(spatial_dims=spatial_dims, in_channels=1, out_channels=2))
 
 
+def _part_of_resnet18(*trained: str) -> nn.Module:
+    return _only(_resnet18(2), *trained)
+
+
 def _only(network: nn.Module, *trained: str) -> nn.Module:
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(any(part in name for part in trained))
@@ -87,7 +94,8 @@ class _LowRank(nn.Module):
         return changed
 
 
-def _with_low_rank(network: nn.Module) -> nn.Module:
+def _with_low_rank() -> nn.Module:
+    network = _resnet18(2)
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Conv2d) and not isinstance(module, _LowRank):
@@ -98,16 +106,16 @@ def _with_low_rank(network: nn.Module) -> nn.Module:
 # Name: network, shape of an image, images in a batch.
 Case = tuple[Callable[[], nn.Module], tuple[int, ...], int]
 NETWORKS: dict[str, Case] = {
-    "ResNet9 224²": (lambda: ResNet9(spatial_dims=2, in_channels=1, out_channels=2), (1, 224, 224), 16),
-    "DenseNet121 224²": (lambda: _densenet(2), (1, 224, 224), 8),
-    "ResNet-18 224²": (lambda: _resnet18(2), (1, 224, 224), 8),
-    "ResNet-18 3D 64³": (lambda: _resnet18(3), (1, 64, 64, 64), 8),
-    "DenseNet121 3D 64³": (lambda: _densenet(3), (1, 64, 64, 64), 4),
-    "ResNet-18 224², head only": (lambda: _only(_resnet18(2), "fc."), (1, 224, 224), 8),
-    "ResNet-18 224², biases only": (lambda: _only(_resnet18(2), "bias"), (1, 224, 224), 8),
-    "ResNet-18 224², norms and head": (lambda: _only(_resnet18(2), "bn", "downsample.1", "fc."), (1, 224, 224), 8),
-    "ResNet-18 224², LoRA": (lambda: _with_low_rank(_resnet18(2)), (1, 224, 224), 8),
-    "ResNet-18 224², last stage": (lambda: _only(_resnet18(2), "layer4", "fc."), (1, 224, 224), 8),
+    "ResNet9 224²": (partial(ResNet9, spatial_dims=2, in_channels=1, out_channels=2), (1, 224, 224), 16),
+    "DenseNet121 224²": (partial(_densenet, 2), (1, 224, 224), 8),
+    "ResNet-18 224²": (partial(_resnet18, 2), (1, 224, 224), 8),
+    "ResNet-18 3D 64³": (partial(_resnet18, 3), (1, 64, 64, 64), 8),
+    "DenseNet121 3D 64³": (partial(_densenet, 3), (1, 64, 64, 64), 4),
+    "ResNet-18 224², head only": (partial(_part_of_resnet18, "fc."), (1, 224, 224), 8),
+    "ResNet-18 224², biases only": (partial(_part_of_resnet18, "bias"), (1, 224, 224), 8),
+    "ResNet-18 224², norms and head": (partial(_part_of_resnet18, "bn", "downsample.1", "fc."), (1, 224, 224), 8),
+    "ResNet-18 224², LoRA": (_with_low_rank, (1, 224, 224), 8),
+    "ResNet-18 224², last stage": (partial(_part_of_resnet18, "layer4", "fc."), (1, 224, 224), 8),
 }
 
 
@@ -138,31 +146,71 @@ class Timing:
 
 def times(case: Case, contenders: Sequence[str], repeats: int, device: str, amp: bool) -> dict[str, Timing | str]:
     """Time each contender's steps, in turns; or say why a contender could not run."""
+    found: dict[str, Timing | str] = {}
+    with contextlib.ExitStack() as stack:
+        running: dict[str, _Contender] = {}
+        for contender in ("plain", *contenders):
+            running[contender] = stack.enter_context(contextlib.closing(_Contender(case, contender, device, amp)))
+            found[contender] = running[contender].fault or Timing()
+        plain = found.pop("plain")
+        assert isinstance(plain, Timing), plain
+        for _ in range(repeats):
+            before = running["plain"].seconds()
+            for contender, timing in found.items():
+                if isinstance(timing, Timing):
+                    timing.seconds.append(running[contender].seconds())
+                    after = running["plain"].seconds()
+                    timing.plain.append((before + after) / 2)
+                    before = after
+    return found
+
+
+class _Contender:
+    """A training in a process of its own, which takes a step when it is told to; it has taken one already.
+
+    Attributes:
+        fault: why it cannot run; empty where it can.
+    """
+
+    def __init__(self, case: Case, contender: str, device: str, amp: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        arguments = (there, case, contender, device, amp, torch.get_num_threads())
+        self._process = context.Process(target=_take_steps, args=arguments, daemon=True)
+        self._process.start()
+        there.close()
+        try:
+            self.fault: str = self._pipe.recv()
+        except EOFError:
+            self.fault = "its process ended"
+
+    def seconds(self) -> float:
+        """What the next step takes."""
+        self._pipe.send(True)
+        taken: float = self._pipe.recv()
+        return taken
+
+    def close(self) -> None:
+        """End it."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _take_steps(pipe: Connection, case: Case, contender: str, device: str, amp: bool, threads: int) -> None:
+    torch.set_num_threads(threads)
     make, shape, rows = case
     torch.manual_seed(0)
     network = make().to(device).train()
-    images, labels = batch(shape, rows, device)
-    found: dict[str, Timing | str] = {}
-    steps = {}
-    for contender in ("plain", *contenders):
-        try:
-            steps[contender] = CONTENDERS[contender](network, images, labels, amp)
-            steps[contender]()
-            found[contender] = Timing()
-        except Exception as error:  # a contender's own limits
-            found[contender] = f"{type(error).__name__}: {str(error)[:100]}"
-            steps.pop(contender, None)
-    plain = found.pop("plain")
-    assert isinstance(plain, Timing), plain
-    for _ in range(repeats):
-        before = _seconds(steps["plain"], device)
-        for contender, timing in found.items():
-            if isinstance(timing, Timing):
-                timing.seconds.append(_seconds(steps[contender], device))
-                after = _seconds(steps["plain"], device)
-                timing.plain.append((before + after) / 2)
-                before = after
-    return found
+    try:
+        step = CONTENDERS[contender](network, *batch(shape, rows, device), amp)
+        step()
+    except Exception as error:  # a contender's own limits
+        pipe.send(f"{type(error).__name__}: {str(error)[:100]}")
+        return
+    pipe.send("")
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
+            pipe.send(_seconds(step, device))
 
 
 def _seconds(step: Callable[[], None], device: str) -> float:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def case(images: int = 16, side: int = 96, share: float = 1.0) -> Case:
     """ResNet9 with a share of its channels."""
     widths = [int(n * share) for n in WIDTHS]
     return (
-        lambda: ResNet9(spatial_dims=2, in_channels=1, out_channels=2, widths=widths, num_groups=16),
+        partial(ResNet9, spatial_dims=2, in_channels=1, out_channels=2, widths=widths, num_groups=16),
         (1, side, side),
         images,
     )
