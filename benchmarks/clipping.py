@@ -18,8 +18,9 @@ Writes results/clipping_<device>.json and prints the table. How the numbers come
 - A step is everything between two batches: forward, backward, clipping, noise, the optimizer's step.
 - The contenders take turns, with a step of plain training before and after each; the first round is not counted (ours
   measures its methods then). A ratio is the median over the rounds of a step's time over the mean of its two neighbours',
-  so that a machine whose speed drifts changes little. Each contender has a process of its own, as a training has: in one
-  process for all, each would pay for memory that the others have given back to the system.
+  so that a machine whose speed drifts changes little. Each contender has a process of its own, whose C library keeps what
+  is freed: whether a large tensor is fetched anew from the system, at a page fault for each 4 KB, hangs by chance on what
+  else lies in memory, and made the same contender half as slow again in one process as in the next.
 - Memory is the peak of the process above the loaded network over the first two steps, what a contender tries out in the
   first one included, each contender in a process of its own; and beside it the peak of torch's own tensors in the third
   step, which leaves out what the C library keeps in pieces. On a GPU both are the device's own peak.
@@ -39,7 +40,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -177,7 +178,8 @@ class _Contender:
         self._pipe, there = context.Pipe()
         arguments = (there, case, contender, device, amp, torch.get_num_threads())
         self._process = context.Process(target=_take_steps, args=arguments, daemon=True)
-        self._process.start()
+        with _allocator(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(1 << 40)):
+            self._process.start()
         there.close()
         try:
             self.fault: str = self._pipe.recv()
@@ -194,6 +196,17 @@ class _Contender:
         """End it."""
         self._pipe.close()
         self._process.join()
+
+
+@contextlib.contextmanager
+def _allocator(**settings: str) -> Iterator[None]:
+    """For processes that are started meanwhile."""
+    os.environ |= settings
+    try:
+        yield
+    finally:
+        for name in settings:
+            del os.environ[name]
 
 
 def _take_steps(pipe: Connection, case: Case, contender: str, device: str, amp: bool, threads: int) -> None:
@@ -225,9 +238,8 @@ def memory(name: str, contender: str, device: str, amp: bool) -> tuple[float, fl
     """Peak MB above the loaded network, of the process and of its tensors; None where the contender cannot run."""
     # Freed memory goes back to the system at once, so that the peak is what was in use. Not for small pieces: a page fault
     # for each of them made these steps thirty times as slow.
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
+    giving_back = _allocator(MALLOC_MMAP_THRESHOLD_="1048576", MALLOC_TRIM_THRESHOLD_="1048576")
+    with giving_back, multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (name, contender, device, amp, torch.get_num_threads()))
 
 
