@@ -201,12 +201,15 @@ class _Contender:
 @contextlib.contextmanager
 def _allocator(**settings: str) -> Iterator[None]:
     """For processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in settings}
     os.environ |= settings
     try:
         yield
     finally:
-        for name in settings:
+        for name, value in before.items():
             del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def _take_steps(pipe: Connection, case: Case, contender: str, device: str, amp: bool, threads: int) -> None:

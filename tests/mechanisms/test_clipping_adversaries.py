@@ -226,6 +226,34 @@ PLACES = {
 }
 
 
+def behind(most):
+    """What the first rows left goes into those beyond ``most``, as where a network takes so many at a time."""
+    return lambda x: x if len(x) <= most else torch.cat([x[:most], x[most:] + x[: len(x) - most]])
+
+
+@pytest.mark.parametrize(("most", "draws"), [(8, (8, 15)), (8, (9,)), (16, (16, 20)), (32, (64,)), (4, (4, 5))])
+def test_rows_beyond_so_many_at_a_time(most, draws):
+    network = Two(behind(most))
+    clipper = GradientClipper(network, LOSS)
+    for rows in draws:
+        data, patients = batch(rows), torch.arange(rows)
+        total, norms, bound = patient_by_patient(network, LOSS, data, patients)
+        if rows <= most:
+            assert_close(clipper(data, patients, bound), total, norms)
+        else:
+            clipper(data, patients, bound)
+            assert clipper.faults
+
+
+def test_complex_parameters_are_refused():
+    network = nn.Sequential(nn.Linear(4, 2, dtype=torch.complex64))
+    inputs, targets = torch.randn(3, 4, dtype=torch.complex64), torch.zeros(3)
+    for method in ("auto", "microbatch"):
+        clipper = GradientClipper(network, lambda y, t: y.abs().sum(1) - t, method=method)
+        with pytest.raises(ValueError, match="complex"):
+            clipper((inputs, targets), torch.arange(3), 1.0)
+
+
 @pytest.mark.parametrize("name", PLACES)
 def test_rows_that_depend_on_their_place(name):
     network = Two(PLACES[name])

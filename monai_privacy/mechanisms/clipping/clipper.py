@@ -279,6 +279,10 @@ def _check(
         raise ValueError(
             f"max_physical_batch_size is {max_physical_batch_size}, but a call needs a row. Give 1 or more."
         )
+    if any(parameter.is_complex() for parameter in parameters):
+        raise ValueError(
+            "a trained parameter is complex, and only real ones have norms here. Train its real and imaginary parts as two."
+        )
     narrow = next((parameter.dtype for parameter in parameters if parameter.element_size() < 4), None)
     if narrow is not None:
         raise ValueError(

@@ -114,8 +114,8 @@ class OperationRule(ABC):
 
 def by_unit(rows: Tensor, units: Units, like: Tensor) -> UnitGradients:
     """(R, ...) gradients of rows to those of units, of the shape of ``like``."""
-    values = units.sum(rows)
-    return UnitGradients(values if values.shape[1:] == like.shape else values.reshape(units.number, *like.shape))
+    values, shape = units.sum(rows), (units.number, *like.shape)
+    return UnitGradients(values if values.shape == shape else values.reshape(shape))
 
 
 def unit_products(gradients: Tensor, inputs: Tensor, units: Units, out: Tensor) -> None:

@@ -31,6 +31,8 @@ from monai_privacy.mechanisms.randomness import cuda_devices_of, fresh_randomnes
 _FEWEST_ROWS = 2
 _MOST_ROWS = 32
 _EACH_BY_ITSELF = 8
+# Numbers that are summed up in float64 at once.
+_SUMMARY = 1 << 16
 _TOLERANCE = 1e-5
 _PLACE_TOLERANCE = 1e-2
 WITHOUT_RULE = "is used by an operation without a rule"
@@ -90,6 +92,7 @@ class _InPlaceOf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.set_materialize_grads(False)  # of the weight's size, for nobody
         return value.view_as(value)
 
     @staticmethod
@@ -101,8 +104,9 @@ def _summary(values: Tensor) -> Tensor:
     """(R, ...) to (R, 2): two sums that hardly ever agree where the rows do not."""
     flat = values.detach().reshape(len(values), -1)
     ramp = torch.linspace(0.5, 1.5, flat.shape[1], dtype=torch.float64, device=flat.device)
-    # Row by row: a copy of all of them in float64 would be the largest tensor of all.
-    return torch.stack([torch.stack([row.abs() @ ramp, row @ ramp]) for row in map(Tensor.double, flat)])
+    # Some at a time: a copy of all of them in float64 would be the largest tensor of all.
+    parts = map(Tensor.double, flat.split(max(1, _SUMMARY // max(1, flat.shape[1]))))
+    return torch.cat([torch.stack([part.abs() @ ramp, part @ ramp], 1) for part in parts])
 
 
 def probed_rows(rows: int) -> int:
@@ -186,7 +190,10 @@ def find_fault(
         for number, seen in probe.seen.items():
             if not _same_but(row, seen.unflatten(0, (rows, -1)), other.seen[number].unflatten(0, (rows, -1))):
                 return key, _mixes(mode.heard.uses[number], names)
-    if tried and (moved := _moved(weights, parameters, row_losses, synthetic_rows(inputs, rows), first_targets)):
+    # Where others of another size will not be asked for, one more row than they: what works by so many rows at a time is
+    # not seen in fewer. Elsewhere one fewer, which takes no more memory than training does.
+    more = rows == _FEWEST_ROWS or batches_alike(rows) >= _EACH_BY_ITSELF
+    if tried and (moved := _moved(weights, parameters, row_losses, synthetic_rows(inputs, rows), first_targets, more)):
         return key, moved
     return key, "" if tried else "the network takes no synthetic rows but one kind, so that nothing can be asked"
 
@@ -197,10 +204,12 @@ def _moved(
     row_losses: Callable[[Tensor, Tensor], Tensor],
     inputs: Tensor,
     targets: Tensor,
+    more: bool,
 ) -> str:
     """Whether a row depends on its place in the batch, or on the number of rows; empty if it does not.
 
-    Asked without dropout. A network that draws otherwise at random is not asked: its draws belong to places.
+    Asked of one row more, or one fewer, and without dropout. A network that draws otherwise at random is not asked: its
+    draws belong to places.
     """
     rows = len(inputs)
 
@@ -214,9 +223,7 @@ def _moved(
     key, base = seen(places)
     if not _alike(base, seen(places, seed=1)[1]):
         return ""
-    # Another number of rows: one fewer, which takes no more memory than training does.
-    number = places[:-1] if rows > _FEWEST_ROWS else torch.cat([places, places[:1]])
-    for order in (places.roll(1), number):
+    for order in (places.roll(1), torch.cat([places, places[:1]]) if more else places[:-1]):
         other_key, other = seen(order)
         if other_key != key or not _alike([values[order] for values in base], other):
             return "what a row gives depends on its place in the batch, or on the number of rows"
