@@ -813,7 +813,7 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("rows", [2, 3, 8])
-def test_the_question_to_the_network_takes_no_more_memory_than_the_step(rows):
+def test_the_question_to_the_network_makes_nothing_larger_than_the_network_does(rows):
     network, seen = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.AvgPool2d(62), nn.Flatten(), nn.Linear(16, 2)), []
     network.register_forward_hook(lambda _, __, outputs: seen.append(len(outputs)))
     clipper, inputs = GradientClipper(network, LOSS), torch.randn(rows, 1, 64, 64)
