@@ -1181,6 +1181,31 @@ def test_inherited_precision_stays_inherited():
             setting.fp32_precision = value
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("size", [1 << 14, 3 << 14, (1 << 14) + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sum_of_large_gradients_is_shared_among_threads(threads, size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn((5, 2, size), generator=generator, dtype=dtype)[:, 1]  # units that do not lie side by side
+    factors = torch.rand(5, generator=generator, dtype=torch.float64)
+    finite = torch.tensor([True, True, True, False, True])
+    infinite = torch.where(finite[:, None], values, torch.inf)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = [
+            (UnitGradients(values).weighted_sum(factors, None), factors),
+            (UnitGradients(infinite).weighted_sum(factors, finite), factors * finite),
+        ]
+    finally:
+        torch.set_num_threads(before)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    for total, weights in found:
+        expected = (weights[:, None] * values.double()).sum(0)
+        torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance)
+        assert total.dtype == dtype
+
+
 def test_norm_and_sum_are_of_the_same_numbers_whatever_precision_is_set(monkeypatch):
     """What forms them runs where the setting is off, the sum of kept gradients too."""
     seen: list[str] = []
