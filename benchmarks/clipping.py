@@ -16,12 +16,13 @@
 Writes results/clipping_<device>.json and prints the table. How the numbers come about:
 
 - A step is everything between two batches: forward, backward, clipping, noise, the optimizer's step.
-- The contenders take turns, with a step of plain training before and after each; the first round is not counted (ours
-  measures its methods then). A ratio is the median over the rounds of a step's time over the mean of its two neighbours',
-  so that a machine whose speed drifts changes little. Each contender has a process of its own, whose C library keeps what
-  is freed: whether a large tensor is fetched anew from the system, at a page fault for each 4 KB, hangs by chance on what
-  else lies in memory, and made the same contender half as slow again in one process as in the next. All of them are in
-  memory at once, up to 19 GB in these networks.
+- The contenders take turns, with a step of plain training before and after each; two steps of each are not counted (ours
+  measures its methods in the first, and the second is the first to ask the system for what these take). A ratio is the
+  median over the rounds of a step's time over the mean of its two neighbours', so that a machine whose speed drifts changes
+  little. Each contender has a process of its own, whose C library keeps what is freed: whether a large tensor is fetched
+  anew from the system, at a page fault for each 4 KB, hangs by chance on what else lies in memory, and made the same
+  contender half as slow again in one process as in the next. All of them are in memory at once, up to 19 GB in these
+  networks.
 - Memory is the peak of the process above the loaded network over the first two steps, what a contender tries out in the
   first one included, each contender in a process of its own; and beside it the peak of torch's own tensors in the third
   step, which leaves out what the C library keeps in pieces. On a GPU both are the device's own peak. On a CPU freed memory
@@ -178,7 +179,7 @@ def times(case: Case, contenders: Sequence[str], repeats: int, device: str, amp:
 
 
 class _Contender:
-    """A training in a process of its own, which takes a step when it is told to; it has taken one already.
+    """A training in a process of its own, which takes a step when it is told to; it has taken two already.
 
     Attributes:
         fault: why it cannot run; empty where it can.
@@ -237,7 +238,8 @@ def _take_steps(pipe: Connection, case: Case, contender: str, device: str, amp: 
     network = make().to(device).train()
     try:
         step = CONTENDERS[contender](network, *batch(shape, rows, device), amp)
-        step()
+        for _ in range(2):
+            step()
     except Exception as error:  # a contender's own limits
         pipe.send(f"{type(error).__name__}: {str(error)[:100]}")
         return
