@@ -22,7 +22,7 @@ Writes results/clipping_<device>.json and prints the table. How the numbers come
   little. Each contender has a process of its own, whose C library keeps what is freed: whether a large tensor is fetched
   anew from the system, at a page fault for each 4 KB, hangs by chance on what else lies in memory, and made the same
   contender half as slow again in one process as in the next. All of them are in memory at once, up to 19 GB in these
-  networks.
+  networks, and more for the 3D ResNet-18: there, ``--contenders`` takes some of them, and leaves the others' numbers.
 - Memory is the peak of the process above the loaded network over the first two steps, what a contender tries out in the
   first one included, each contender in a process of its own; and beside it the peak of torch's own tensors in the third
   step, which leaves out what the C library keeps in pieces. On a GPU both are the device's own peak. On a CPU freed memory
@@ -368,11 +368,15 @@ def _cell(row: dict[str, Any], contender: str) -> str:
     return text
 
 
-def _timed(name: str, contenders: Sequence[str], *settings: Any) -> dict[str, Any]:
+def _timed(before: dict[str, Any] | None, name: str, contenders: Sequence[str], *settings: Any) -> dict[str, Any]:
+    """The row anew; contenders that are not among these stay, where they were timed on such a machine."""
     row: dict[str, Any] = {"machine": _processor(settings[1]), "plain_megabytes": None, "contenders": {}}
+    if before is not None and before["machine"] == row["machine"]:
+        row["contenders"] = {key: found for key, found in before["contenders"].items() if key not in contenders}
     for contender, timing in times(NETWORKS[name], contenders, *settings).items():
         said = {"error": timing} if isinstance(timing, str) else asdict(timing) | {"ratio": timing.ratio}
         row["contenders"][contender] = said
+    row["contenders"] = {key: row["contenders"][key] for key in CONTENDERS if key in row["contenders"]}
     return row
 
 
@@ -417,7 +421,7 @@ def main() -> None:
     for name in options.networks:
         with console.status(f"{name} ..."):
             if not options.no_times:
-                results["rows"][name] = _timed(name, contenders, *settings)
+                results["rows"][name] = _timed(results["rows"].get(name), name, contenders, *settings)
                 _save(results, output)
             if not options.no_memory:
                 _add_memory(results["rows"][name], name, contenders, options.device, options.amp)
