@@ -21,8 +21,8 @@ Writes results/clipping_<device>.json and prints the table. How the numbers come
   median over the rounds of a step's time over the mean of its two neighbours', so that a machine whose speed drifts changes
   little. Each contender has a process of its own, whose C library keeps what is freed: whether a large tensor is fetched
   anew from the system, at a page fault for each 4 KB, hangs by chance on what else lies in memory, and made the same
-  contender half as slow again in one process as in the next. All of them are in memory at once, up to 19 GB in these
-  networks, and more for the 3D ResNet-18: there, ``--contenders`` takes some of them, and leaves the others' numbers.
+  contender half as slow again in one process as in the next. All of them are in memory at once; where it does not
+  hold them (24 GB do not for the 3D ResNet-18), ``--contenders`` takes some of them, and leaves the others' numbers.
 - Memory is the peak of the process above the loaded network over the first two steps, what a contender tries out in the
   first one included, each contender in a process of its own; and beside it the peak of torch's own tensors in the third
   step, which leaves out what the C library keeps in pieces. On a GPU both are the device's own peak. On a CPU freed memory

@@ -1184,7 +1184,7 @@ def test_inherited_precision_stays_inherited():
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("size", [1 << 14, 3 << 14, (1 << 14) + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_sum_of_large_gradients_is_shared_among_threads(threads, size, dtype):
+def test_the_sum_of_large_gradients_is_the_same_in_parts_for_threads(threads, size, dtype):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn((5, 2, size), generator=generator, dtype=dtype)[:, 1]  # units that do not lie side by side
     factors = torch.rand(5, generator=generator, dtype=torch.float64)
