@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import atexit
-import weakref
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+# Of a thread that has only to be scheduled and to free some tensors, and short at the end of a run.
+_SECONDS_TO_LET_GO = 0.2
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class ProcessGroup:
     def current(cls) -> ProcessGroup:
         """The group that ``torch.distributed`` knows now."""
         if dist.is_available() and dist.is_initialized():
+            atexit.unregister(_let_others_finish)  # once, however many trainers there are
+            atexit.register(_let_others_finish)
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
@@ -59,7 +64,7 @@ class ProcessGroup:
                 answer = [question(), None]
             except Exception as error:
                 answer = [None, error]
-        dist.broadcast_object_list(answer, src=0, group=_own_group())
+        dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:
             raise answer[1]
         return answer[0]  # type: ignore[no-any-return]
@@ -73,7 +78,7 @@ class ProcessGroup:
         if self.size == 1:
             return True
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=_own_group())
+        dist.all_gather_object(values, value)
         return all(other == value for other in values)
 
     def sum(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -82,36 +87,18 @@ class ProcessGroup:
             return tensors
         # What is added up is memory: in one process a gradient may lie channels-last, and in another it may not.
         tensors = [tensor.contiguous() for tensor in tensors]
-        group = _own_group() if all(tensor.device.type == "cpu" for tensor in tensors) else None
         for tensor in tensors:
-            dist.all_reduce(tensor, group=group)
+            dist.all_reduce(tensor)
         return tensors
 
 
-# One for all trainers of this process. Held by torch.distributed alone, so that it goes when that is taken down.
-_own: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
+def _let_others_finish() -> None:
+    """Let the threads of gloo have the interpreter while there is one.
 
-
-def _own_group() -> dist.ProcessGroup | None:
-    """The group that we speak through: one of our own where that is gloo's work, else None, the default group.
-
-    A thread of gloo lets go of a collective's tensors some time after the collective, and a barrier keeps those of the
-    one before it. To free them it needs the interpreter: where that is ending, the process aborts, and torchrun says
-    of a run that is complete that it failed, and ends the other processes
-    (https://github.com/pytorch/pytorch/issues/190489). A group waits for its threads when nothing holds it any more;
-    ``DistributedDataParallel`` holds the default one to the end, and nobody holds this.
+    Such a thread lets go of a collective's tensors some time after the collective, and where a barrier follows, after
+    the barrier. To free them it needs the interpreter: where that is ending, the process aborts, and torchrun says of
+    a run that is complete that it failed, and ends the other processes
+    (https://github.com/pytorch/pytorch/issues/190489). ``destroy_process_group`` waits for the threads only where
+    nothing else holds the group, and ``DistributedDataParallel`` does; no other call waits for them.
     """
-    if "gloo" not in dist.get_backend_config():
-        return None
-    for group in _own:
-        return group
-    group = dist.new_group(backend="gloo")
-    _own.add(group)
-    return group
-
-
-@atexit.register
-def _leave() -> None:
-    """Wait for the threads of our group while they can still have the interpreter."""
-    for group in list(_own):
-        dist.destroy_process_group(group)
+    time.sleep(_SECONDS_TO_LET_GO)

@@ -157,32 +157,23 @@ def test_a_report_that_only_the_first_process_writes_holds_nobody_up(tmp_path):
 
 
 @pytest.mark.slow(seconds=10)
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="the turns of threads can be set on Linux alone")
 def test_a_process_that_ends_right_after_we_spoke_ends_well(tmp_path):
-    """Whatever else holds the default group, no thread of ours needs the interpreter when that is gone."""
+    """No thread of gloo needs the interpreter when that is gone, also where the network holds the group to the end."""
     run_two(
         """
+        import os
         from monai_privacy.distributed import ProcessGroup
         network = DistributedDataParallel(make_network())
         group = ProcessGroup.current()
         assert group.all_agree(3)
-        sys.setswitchinterval(100)  # seconds: other threads have the interpreter only where this one waits
+        # Other threads run only where this one waits.
+        processor = {sorted(os.sched_getaffinity(0))[-rank]}
+        for thread in map(int, os.listdir("/proc/self/task")):
+            os.sched_setaffinity(thread, processor)
+            if thread != os.getpid():
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
         assert group.first_says(lambda: 4) == 4
-        """,
-        tmp_path,
-    )
-
-
-@pytest.mark.slow(seconds=10)
-def test_processes_can_be_taken_down_and_set_up_again(tmp_path):
-    run_two(
-        """
-        from monai_privacy.distributed import ProcessGroup
-        group = ProcessGroup.current()
-        for again in (1, 2):
-            assert not group.all_agree(rank)
-            assert group.sum([torch.ones(2)])[0].tolist() == [2, 2]
-            dist.destroy_process_group()
-            dist.init_process_group("gloo", init_method=f"file://{folder}/meet{again}", rank=rank, world_size=2)
         """,
         tmp_path,
     )
@@ -191,10 +182,7 @@ def test_processes_can_be_taken_down_and_set_up_again(tmp_path):
 def test_gradients_are_added_up_in_one_order_of_memory(monkeypatch):
     """A sum over processes is one of memory: in one of them a gradient may lie channels-last."""
     laid = []
-    monkeypatch.setattr("monai_privacy.distributed._own_group", lambda: None)
-    monkeypatch.setattr(
-        "monai_privacy.distributed.dist.all_reduce", lambda t, group: laid.append((t.stride(), t.clone()))
-    )
+    monkeypatch.setattr("monai_privacy.distributed.dist.all_reduce", lambda t: laid.append((t.stride(), t.clone())))
     values = torch.arange(24.0).reshape(1, 3, 2, 4)
     found = ProcessGroup(0, 2).sum([values, values.to(memory_format=torch.channels_last)])
     assert len({stride for stride, _ in laid}) == 1
