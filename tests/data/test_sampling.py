@@ -51,8 +51,8 @@ def test_each_patient_is_drawn_at_the_rate():
     )
     assert len(counts) == 50
     for count in counts:
-        assert stats.binomtest(int(count), 4000, 0.3).pvalue > FALSE_ALARM
-    assert stats.binomtest(int(counts.sum()), 50 * 4000, 0.29).pvalue < FALSE_ALARM
+        assert stats.binomtest(int(count), 4000, 0.3).pvalue > FALSE_ALARM / 50
+    assert stats.binomtest(int(counts.sum()), 50 * 4000, 0.28).pvalue < FALSE_ALARM
 
 
 def test_coins_are_independent_between_patients_and_steps():
