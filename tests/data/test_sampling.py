@@ -52,6 +52,8 @@ def test_each_patient_is_drawn_at_the_rate():
     assert len(counts) == 50
     for count in counts:
         assert stats.binomtest(int(count), 4000, 0.3).pvalue > FALSE_ALARM / 50
+    # All together: a rate wrong by a tenth shows here, and hardly in one patient.
+    assert stats.binomtest(int(counts.sum()), 50 * 4000, 0.3).pvalue > FALSE_ALARM
     assert stats.binomtest(int(counts.sum()), 50 * 4000, 0.28).pvalue < FALSE_ALARM
 
 
